@@ -1,0 +1,7 @@
+//! Virtio devices as pure queue-and-configuration logic, driven over virtio-mmio by the KVM engine and over vhost-user by
+//! the software engine. Nothing here knows of KVM, QEMU, containers or async runtimes. Guest memory is hostile: every value is
+//! read once and checked where it enters.
+
+mod device;
+
+pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
