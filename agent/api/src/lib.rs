@@ -1,1 +1,28 @@
-//! ...
+//! The protocol between the host and the agent, the guest's PID 1: the messages, the asynchronous client and service
+//! generated from `agent.proto`, and the numbers and names both sides must agree on. Nothing here does any I/O.
+
+#![forbid(unsafe_code)]
+
+#[allow(clippy::all, clippy::unwrap_used, clippy::expect_used)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// Version of the protocol. Raised by every change an older peer would misunderstand; the two sides work together only when
+/// they say the same number in `Hello`.
+pub const PROTOCOL: u32 = 1;
+
+/// The host's vsock context ID (virtio 1.3 §5.10.4, VMADDR_CID_HOST).
+pub const HOST_CID: u32 = 2;
+
+/// The vsock port of this protocol on both sides: the agent serves every connection it accepts on it, and, once at boot,
+/// dials the same port on the host and serves that connection as well.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Tag of the virtio-fs device through which the host shares files with the guest (virtio 1.3 §5.11.4, at most 36 bytes).
+pub const SHARED_TAG: &str = "cloison";
+
+/// Where the guest has the shared directory mounted.
+pub const SHARED_DIR: &str = "/run/cloison/shared";
