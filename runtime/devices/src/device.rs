@@ -82,7 +82,8 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// [`Broken`] when the guest broke the protocol; the device then waits for [`Device::reset`].
-    fn queue_event(&mut self, ctx: &mut Context<'_, '_>, index: usize) -> Result<QueueMask, Broken>;
+    fn queue_event(&mut self, ctx: &mut Context<'_, '_>, index: usize)
+    -> Result<QueueMask, Broken>;
 
     /// A descriptor that becomes readable when the device has work that does not come from the guest, or `None`. It stays the
     /// same for the device's life, so that it can be watched before the device's process locks itself in.

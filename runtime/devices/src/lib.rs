@@ -3,5 +3,7 @@
 //! read once and checked where it enters.
 
 mod device;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
