@@ -1,1 +1,25 @@
-//! ...
+//! The VM process and how it is started: the engines that run a guest, the control socket, the process's life and its last
+//! word. It knows nothing of containers or images; whoever launches a VM hands it a directory to share and streams to attach.
+
+mod attachment;
+mod choose;
+mod control;
+mod end;
+mod handoff;
+mod launch;
+mod packet;
+mod process;
+mod spec;
+mod sys;
+
+pub use attachment::Attachment;
+pub use choose::{EngineChoice, NoKvm, UnknownEngine, choose};
+pub use control::{ControlClient, ControlError, State, Status};
+pub use end::{END_FILE, End, EndFileError, EndReason, await_end, read_end};
+pub use handoff::MAX_EARLY_ATTACHMENTS;
+pub use launch::{
+    CONTROL_SOCKET, Launch, LaunchError, VM_PROCESS_NAME, VSOCK_SOCKET, VmProcess, WaitError,
+    launch,
+};
+pub use process::vm_main;
+pub use spec::{Engine, SpecError, VmSpec};

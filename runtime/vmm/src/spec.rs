@@ -14,6 +14,15 @@ pub enum Engine {
     Software,
 }
 
+impl std::fmt::Display for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Software => "software",
+        })
+    }
+}
+
 /// One sandbox's VM. Sizes have been checked against [`VmSpec::MIN_MEMORY_MIB`] and friends by [`VmSpec::validate`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
@@ -33,4 +42,125 @@ pub struct VmSpec {
     pub cmdline: String,
     /// QEMU's executable, for [`Engine::Software`].
     pub qemu: PathBuf,
+}
+
+/// A [`VmSpec`] that cannot be run.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Too little or too much guest memory.
+    #[error(
+        "a VM with {0} MiB of memory is out of range: it takes {min} to {max} MiB",
+        min = VmSpec::MIN_MEMORY_MIB,
+        max = VmSpec::MAX_MEMORY_MIB
+    )]
+    Memory(u32),
+    /// No vCPU, or too many.
+    #[error("a VM with {0} vCPUs is out of range: it takes 1 to {max}", max = VmSpec::MAX_VCPUS)]
+    Vcpus(u8),
+    /// An ID that could be mistaken for something else on a command line.
+    #[error("VM ID {0:?} is not made of 1 to {max} letters, digits, '_', '.' and '-'", max = VmSpec::MAX_ID)]
+    Id(String),
+    /// A command line the kernel would cut or misread.
+    #[error("the kernel command line has a control character in it, or more than {max} bytes", max = VmSpec::MAX_CMDLINE)]
+    Cmdline,
+}
+
+impl VmSpec {
+    /// The least memory with which the guest's kernel gets as far as its agent, MiB.
+    pub const MIN_MEMORY_MIB: u32 = 48;
+    /// The most memory a guest may have, MiB: 1 TiB.
+    pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+    /// The most vCPUs a guest may have.
+    pub const MAX_VCPUS: u8 = 64;
+    /// The longest ID, bytes.
+    pub const MAX_ID: usize = 128;
+    /// The longest [`VmSpec::cmdline`], bytes: half of what x86 takes (COMMAND_LINE_SIZE, 2048), the rest is the engine's.
+    pub const MAX_CMDLINE: usize = 1024;
+
+    /// Checks every number and name that some other program would otherwise stumble over.
+    ///
+    /// # Errors
+    /// The first thing found wrong.
+    pub fn validate(&self) -> Result<(), SpecError> {
+        if !(Self::MIN_MEMORY_MIB..=Self::MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(SpecError::Memory(self.memory_mib));
+        }
+        if !(1..=Self::MAX_VCPUS).contains(&self.vcpus) {
+            return Err(SpecError::Vcpus(self.vcpus));
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+        if self.id.is_empty() || self.id.len() > Self::MAX_ID || !self.id.chars().all(plain) {
+            return Err(SpecError::Id(self.id.clone()));
+        }
+        if self.cmdline.len() > Self::MAX_CMDLINE || self.cmdline.chars().any(char::is_control) {
+            return Err(SpecError::Cmdline);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            id: "web-1".into(),
+            engine: Engine::Software,
+            memory_mib: 256,
+            vcpus: 1,
+            kernel: "vmlinux".into(),
+            initramfs: "initramfs".into(),
+            cmdline: String::new(),
+            qemu: "qemu".into(),
+        }
+    }
+
+    #[test]
+    fn an_ordinary_spec_is_fine() {
+        assert_eq!(spec().validate(), Ok(()));
+    }
+
+    #[test]
+    fn memory_too_small_to_boot_is_refused_with_the_range() {
+        let error = VmSpec {
+            memory_mib: 4,
+            ..spec()
+        }
+        .validate()
+        .unwrap_err();
+        assert_eq!(error, SpecError::Memory(4));
+        assert!(error.to_string().contains("48 to"), "{error}");
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        for (memory_mib, vcpus) in [(0, 1), (u32::MAX, 1), (256, 0), (256, 65), (256, 255)] {
+            let spec = VmSpec {
+                memory_mib,
+                vcpus,
+                ..spec()
+            };
+            assert!(spec.validate().is_err(), "{memory_mib} MiB, {vcpus} vCPUs");
+        }
+    }
+
+    #[test]
+    fn ids_that_could_be_options_or_paths_or_two_words_are_refused() {
+        for id in ["", "a b", "a,b", "a/b", "a=b", "é", &"x".repeat(129)] {
+            let spec = VmSpec {
+                id: id.into(),
+                ..spec()
+            };
+            assert_eq!(spec.validate(), Err(SpecError::Id(id.into())));
+        }
+    }
+
+    #[test]
+    fn command_lines_the_kernel_would_cut_or_misread_are_refused() {
+        for cmdline in ["a\nb".to_owned(), "a\0".to_owned(), "x".repeat(1025)] {
+            let spec = VmSpec { cmdline, ..spec() };
+            assert_eq!(spec.validate(), Err(SpecError::Cmdline));
+        }
+    }
 }

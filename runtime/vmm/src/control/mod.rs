@@ -1,0 +1,68 @@
+//! The control socket: how anyone with access to a sandbox's directory talks to its VM process. One JSON message a packet, one
+//! reply to each request, in order. The protocol is here, its two sides in the modules below.
+
+mod client;
+mod server;
+
+use serde::{Deserialize, Serialize};
+
+pub use client::{ControlClient, ControlError};
+pub(crate) use server::{Host, Server};
+
+use crate::spec::Engine;
+
+/// A request. Descriptors travel with the packet that asks for something to be done with them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    /// How is the VM? Answered by [`Reply::Status`].
+    Status {},
+    /// Connect a host port to the descriptors that come along, in the order read, write, done; answered by [`Reply::Attached`].
+    Attach { read: bool, write: bool, done: bool },
+    /// What has the guest's kernel said? Answered by [`Reply::KernelLog`].
+    KernelLog {},
+    /// End the VM at once. Answered by [`Reply::Done`], then the socket hangs up.
+    Kill {},
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+enum Reply {
+    Done {},
+    Status(Status),
+    Attached { port: u32 },
+    KernelLog { text: String },
+    Error { message: String },
+}
+
+/// A living VM, seen from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The sandbox's ID.
+    pub id: String,
+    /// What runs the guest.
+    pub engine: Engine,
+    /// How far the guest has come.
+    pub state: State,
+    /// The VM process's own ID.
+    pub pid: u32,
+    /// IDs of the processes the engine runs beside it.
+    pub engine_pids: Vec<u32>,
+    /// Milliseconds since the VM process began.
+    pub uptime_ms: u64,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// vCPUs the guest sees.
+    pub vcpus: u8,
+}
+
+/// How far the guest has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// The guest's kernel has not taken its first device yet.
+    Starting,
+    /// It has.
+    Running,
+}
