@@ -8,6 +8,7 @@ mod end;
 mod handoff;
 mod launch;
 mod packet;
+pub mod probe;
 mod process;
 mod spec;
 mod sys;
