@@ -3,7 +3,9 @@
 //! read once and checked where it enters.
 
 mod device;
+mod fs;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
+pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
