@@ -6,6 +6,11 @@ mod device;
 mod fs;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod vsock;
 
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
+pub use vsock::{
+    AttachError, Attachment, FIRST_DYNAMIC_PORT, GUEST_CID, MAX_ATTACHMENTS, Unsuitable, Vsock,
+    VsockConfig, VsockError, VsockHandle, VsockState,
+};

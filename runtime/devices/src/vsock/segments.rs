@@ -1,0 +1,156 @@
+//! A descriptor chain, checked once and turned into pieces of guest memory that a device may use without another look at the
+//! ring. A [`Segments`] that exists lies in guest memory as a whole, has the direction it was asked for, and came from a bounded
+//! number of descriptors. The bytes in it are the guest's and can change at any time: they are copied out, never referred to.
+
+use std::ops::Deref;
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{GuestMemory, GuestMemoryMmap, VolatileSlice};
+
+/// Most descriptors of one chain: the size of the largest queue here, which no chain may exceed, in an indirect table or not
+/// (virtio 1.3 §2.7.5.3.1). A descriptor makes as many pieces as guest memory has host mappings under it, nearly always one.
+const MAX_DESCRIPTORS: usize = super::QUEUE_SIZE as usize;
+
+/// Who writes the buffers of a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// The guest has filled them for the device.
+    Readable,
+    /// The device fills them for the guest.
+    Writable,
+}
+
+/// Why a chain is of no use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Malformed {
+    #[error("a buffer has the wrong direction")]
+    Direction,
+    #[error("a buffer is not in guest memory")]
+    Address,
+    #[error("the chain has more than {MAX_DESCRIPTORS} descriptors")]
+    TooLong,
+    #[error("the chain has no proper end")]
+    Unfinished,
+}
+
+/// Pieces of guest memory, in order.
+#[derive(Debug)]
+pub(super) struct Segments<'m> {
+    pieces: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+impl<'m> Segments<'m> {
+    /// Checks all of `chain`.
+    ///
+    /// # Errors
+    /// [`Malformed`], whatever the guest has put into the descriptor table.
+    pub(super) fn new<M>(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<M>,
+        direction: Direction,
+    ) -> Result<Self, Malformed>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        let mut segments = Self {
+            pieces: Vec::new(),
+            len: 0,
+        };
+        let mut looked_at = 0;
+        let mut ended = false;
+        for descriptor in chain {
+            looked_at += 1;
+            if looked_at > MAX_DESCRIPTORS {
+                return Err(Malformed::TooLong);
+            }
+            if descriptor.is_write_only() != (direction == Direction::Writable) {
+                return Err(Malformed::Direction);
+            }
+            ended = !descriptor.has_next();
+            for piece in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                let piece = piece.map_err(|_| Malformed::Address)?;
+                segments.len += piece.len();
+                segments.pieces.push(piece);
+            }
+        }
+        // The iterator stops without a word where a chain is broken: a loop, an index beyond the table, a table beyond memory.
+        if ended {
+            Ok(segments)
+        } else {
+            Err(Malformed::Unfinished)
+        }
+    }
+
+    /// Bytes in all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The pieces, in order.
+    pub(super) fn pieces(&self) -> &[VolatileSlice<'m>] {
+        &self.pieces
+    }
+
+    /// Leaves at most the first `len` bytes.
+    pub(super) fn truncate(&mut self, len: usize) {
+        if len < self.len {
+            let _rest = self.split_off(len);
+        }
+    }
+
+    /// Drops the first `count` bytes, or all if there are fewer.
+    pub(super) fn advance(&mut self, count: usize) {
+        let rest = self.split_off(count.min(self.len));
+        *self = rest;
+    }
+
+    /// Leaves the first `at` bytes, or all if there are fewer, and answers the rest.
+    pub(super) fn split_off(&mut self, at: usize) -> Self {
+        let mut before = 0;
+        for i in 0..self.pieces.len() {
+            let piece = self.pieces[i];
+            if before + piece.len() > at {
+                let mut pieces = self.pieces.split_off(i);
+                // `at - before` is below the piece's length, so the split cannot fail.
+                if let Ok((front, back)) = piece.split_at(at - before) {
+                    pieces[0] = back;
+                    if !front.is_empty() {
+                        self.pieces.push(front);
+                    }
+                }
+                let rest = Self {
+                    pieces,
+                    len: self.len - at,
+                };
+                self.len = at;
+                return rest;
+            }
+            before += piece.len();
+        }
+        Self {
+            pieces: Vec::new(),
+            len: 0,
+        }
+    }
+
+    /// Copies as many bytes as fit into `out` from the front; answers how many.
+    pub(super) fn copy_to(&self, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in &self.pieces {
+            done += piece.copy_to(&mut out[done..]);
+        }
+        done
+    }
+
+    /// Copies as many of `bytes` as fit to the front; answers how many.
+    pub(super) fn copy_from(&self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in &self.pieces {
+            let count = piece.len().min(bytes.len() - done);
+            piece.copy_from(&bytes[done..done + count]);
+            done += count;
+        }
+        done
+    }
+}
