@@ -1,1 +1,33 @@
-fn main() {}
+//! The one executable behind cloison's front doors. It looks at the name it was called by, and hands over.
+
+mod args;
+mod attached;
+mod container;
+mod detached;
+mod exit;
+mod log;
+mod monitor;
+mod parts;
+mod signals;
+mod spec;
+mod terminal;
+mod values;
+mod verbs;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let called = std::env::args_os().next().unwrap_or_default();
+    let called = Path::new(&called).file_name().unwrap_or_default();
+    match called.to_str() {
+        Some(cloison_vmm::VM_PROCESS_NAME) => cloison_vmm::vm_main(),
+        Some(name @ ("cloison-runtime" | "containerd-shim-cloison-v2")) => {
+            eprintln!(
+                "{name}: this front door is not built yet; use \"cloison run\" (see docs/limitations.md)"
+            );
+            ExitCode::FAILURE
+        }
+        _ => verbs::main(),
+    }
+}

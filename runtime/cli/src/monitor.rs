@@ -1,0 +1,197 @@
+//! A container's monitor: the one process that makes a container, launches its VM, and stays until both are over. In the
+//! foreground it is the front end itself; of a detached container it is a child in a session of its own. The VM ends with it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use cloison_sandbox::{Agent, ExitStatus, Running, Streams, Wiring};
+use cloison_vmm::{EndReason, VmSpec};
+use oci_spec::runtime::Spec;
+
+use crate::attached::{Attached, Outcome};
+use crate::container::{Container, MonitorLock, Record, State, now};
+use crate::exit::{self, Failed};
+use crate::signals::Signals;
+use crate::terminal;
+
+/// How long an orderly shutdown of a guest may take before its VM is ended without.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the end of a VM may take to show after its agent was lost.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A container that is ready to be run.
+pub struct Monitor {
+    pub container: Container,
+    /// Held until the record says how it ended.
+    pub _lock: MonitorLock,
+    pub record: Record,
+    pub vm: VmSpec,
+    pub spec: Spec,
+    pub streams: Streams,
+}
+
+/// How a container's life went, as seen from where its process was to run.
+struct Life {
+    status: ExitStatus,
+    error: Option<String>,
+}
+
+impl Monitor {
+    /// Launches the VM, runs the process, and records what became of it. `started` is called when the process runs.
+    ///
+    /// # Errors
+    /// When the process could not be started, or was lost; the record says so as well.
+    pub async fn run(
+        &mut self,
+        started: impl FnOnce(&Container) -> Result<()>,
+    ) -> Result<u8, Failed> {
+        let lived = self.live(started).await;
+        let (life, result) = match lived {
+            Ok(status) => (
+                Life {
+                    status,
+                    error: None,
+                },
+                Ok(status.code),
+            ),
+            Err(failed) => {
+                let status = ExitStatus {
+                    code: failed.status,
+                    oom_killed: false,
+                };
+                let error = Some(format!("{:#}", failed.error));
+                (Life { status, error }, Err(failed))
+            }
+        };
+        match self.settle(&life) {
+            // The container's own failure is the one to tell.
+            Err(error) if result.is_ok() => Err(error.into()),
+            _ => result,
+        }
+    }
+
+    async fn live(
+        &mut self,
+        started: impl FnOnce(&Container) -> Result<()>,
+    ) -> Result<ExitStatus, Failed> {
+        let mut signals = Signals::catch()?;
+        let streams = std::mem::take(&mut self.streams);
+        let sandbox = self.container.sandbox();
+        let (mut vm, wiring) = sandbox
+            .launch(self.vm.clone(), streams)
+            .context("cannot start the container's VM")?;
+        let agent = vm.agent().clone();
+
+        let lived = tokio::select! {
+            lived = self.drive(&agent, vm.pid(), wiring, &mut signals, started) => lived,
+            ended = vm.ended() => {
+                let end = ended.context("the container's VM is gone")?;
+                return Err(anyhow::Error::from(cloison_sandbox::Error::from(end)).into());
+            }
+        };
+        if matches!(lived, Ok(Outcome::Exited(_))) {
+            // What the guest has not written back by then, it had no reason to believe written.
+            if let Ok(Err(error)) = tokio::time::timeout(SHUTDOWN_TIMEOUT, agent.shutdown()).await {
+                tracing::debug!("{error}");
+            }
+        }
+        let lived = match lived {
+            Err(lost) if agent_is_lost(&lost) => Err(why_lost(&mut vm, lost).await),
+            other => other,
+        };
+        let _ = vm.kill().await.context("cannot end the container's VM")?;
+        match lived? {
+            Outcome::Exited(status) => Ok(status),
+            Outcome::Abandoned(signal) => Ok(ExitStatus {
+                code: exit::by_signal(signal),
+                oom_killed: false,
+            }),
+        }
+    }
+
+    async fn drive(
+        &mut self,
+        agent: &Agent,
+        pid: u32,
+        wiring: Wiring,
+        signals: &mut Signals,
+        started: impl FnOnce(&Container) -> Result<()>,
+    ) -> Result<Outcome> {
+        let id = self.container.id().clone();
+        let terminal = self.record.tty;
+        let spec = self.spec.clone();
+        let stdio = wiring.stdio.clone();
+        let start = async {
+            let guest = agent.hello().await?;
+            tracing::debug!(
+                kernel = guest.kernel,
+                agent = guest.agent,
+                memory = guest.memory,
+                "the guest is up"
+            );
+            let size = terminal.then(terminal::size).flatten();
+            agent.create(id.as_str(), &spec, stdio, size).await?;
+            agent.start(id.as_str()).await
+        };
+        tokio::pin!(start);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut start => {
+                    done?;
+                    break;
+                }
+                event = signals.next() => {
+                    if let Some(signal) = event.ends() {
+                        return Ok(Outcome::Abandoned(signal));
+                    }
+                }
+            }
+        }
+        self.record.state = State::Running {
+            started: now(),
+            pid,
+        };
+        self.container.save(&self.record)?;
+        started(&self.container)?;
+        let attached = Attached {
+            agent,
+            container: id.as_str(),
+            exec_id: "",
+            terminal,
+        };
+        attached.wait(wiring, signals).await
+    }
+
+    /// Writes down how it ended, or removes what was to be removed.
+    fn settle(&mut self, life: &Life) -> Result<()> {
+        let started = match &self.record.state {
+            State::Running { started, .. } => Some(*started),
+            _ => None,
+        };
+        if self.record.auto_remove || started.is_none() {
+            return self.container.erase();
+        }
+        self.record.state = State::Exited {
+            started,
+            finished: now(),
+            code: life.status.code,
+            oom_killed: life.status.oom_killed,
+            error: life.error.clone(),
+        };
+        self.container.save(&self.record)
+    }
+}
+
+fn agent_is_lost(error: &anyhow::Error) -> bool {
+    let agent = error.downcast_ref::<cloison_sandbox::AgentError>();
+    agent.is_some_and(|e| e.failure == cloison_sandbox::Failure::Other)
+}
+
+/// A lost agent is most often a VM that has ended, which says more.
+async fn why_lost(vm: &mut Running, lost: anyhow::Error) -> anyhow::Error {
+    match tokio::time::timeout(END_TIMEOUT, vm.ended()).await {
+        Ok(Ok(end)) if end.reason != EndReason::Killed => cloison_sandbox::Error::from(end).into(),
+        _ => lost,
+    }
+}

@@ -1,0 +1,89 @@
+//! `cloison rm` and `cloison prune`: after either, nothing of a container is left.
+
+use std::fs;
+use std::io::{self, Write};
+
+use anyhow::{Context, Result, bail};
+use cloison_image::Store;
+use cloison_sandbox::{Home, Id};
+
+use crate::args::{Prune, Rm};
+use crate::container::{Life, all};
+use crate::verbs::each;
+
+/// Removes each container.
+pub fn rm(home: &Home, args: &Rm) -> Result<()> {
+    each(home, &args.on.containers, |container| {
+        // One that is damaged, or half removed, is removed whole.
+        if let Ok((Life::Running | Life::Creating, record)) = container.life()
+            && !args.force
+        {
+            bail!(
+                "container {} is running: stop it first (cloison stop), or remove it with -f",
+                record.name
+            );
+        }
+        container.remove()?;
+        println!("{}", container.id().short());
+        Ok(())
+    })
+}
+
+/// Removes every container that does not run, and what crashes left.
+pub fn prune(home: &Home, args: &Prune) -> Result<()> {
+    if !args.force && !confirmed()? {
+        return Ok(());
+    }
+    let mut failed = Vec::new();
+    for container in all(home)? {
+        if matches!(container.life(), Ok((Life::Running | Life::Creating, _))) {
+            continue;
+        }
+        match container.remove() {
+            Ok(()) => println!("{}", container.id().short()),
+            Err(error) => failed.push(error),
+        }
+    }
+    failed.extend(prune_orphans(home).err());
+    failed.extend(Store::open(home.data()).err().map(anyhow::Error::from));
+    let Some(last) = failed.pop() else {
+        return Ok(());
+    };
+    for error in failed {
+        eprintln!("cloison: {error:#}");
+    }
+    Err(last)
+}
+
+fn confirmed() -> Result<bool> {
+    eprint!("This removes all stopped containers. Go on? [y/N] ");
+    io::stderr().flush().context("cannot ask")?;
+    let mut answer = String::new();
+    io::stdin()
+        .read_line(&mut answer)
+        .context("cannot read the answer")?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// Removes writable layers whose containers are gone: the run directory is empty after a reboot of the host, the data directory
+/// is not.
+fn prune_orphans(home: &Home) -> Result<()> {
+    let dir = home.containers();
+    let entries = match fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.with_context(|| format!("cannot list {}", dir.display()))?,
+    };
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot list {}", dir.display()))?;
+        let id = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<Id>().ok());
+        // The sandbox's directory is made before this one and removed after it.
+        if id.is_some_and(|id| !home.sandbox(&id).exists()) {
+            cloison_image::remove_tree(&entry.path())
+                .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}

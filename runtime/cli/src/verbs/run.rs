@@ -1,0 +1,271 @@
+//! `cloison run`: everything is checked and read that can be, then the container is made, then its VM is launched.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use cloison_image::{Image, Progress, Root, RootFs, Store};
+use cloison_sandbox::{Home, Id, Name, Shared, Streams, enter_private_namespace};
+use cloison_vmm::{Engine, EngineChoice, VmSpec, choose};
+use oci_spec::runtime::Spec;
+
+use crate::args::{Global, Run};
+use crate::attached::foreground_streams;
+use crate::container::{Container, Record};
+use crate::exit::Failed;
+use crate::monitor::Monitor;
+use crate::spec::{
+    Capabilities, ContainerPlan, ProcessPlan, SecurityOptions, command, environment, user_of,
+};
+use crate::values::{Bytes, signal};
+use crate::verbs::runtime;
+use crate::{detached, parts, terminal};
+
+/// Memory of a VM whose container has no limit, MiB.
+const DEFAULT_VM_MEMORY_MIB: u32 = 1024;
+/// What the guest itself needs beside a container that uses all of its limit, MiB: kernel, agent, page tables.
+const GUEST_OVERHEAD_MIB: u32 = 96;
+/// The least a container can be limited to, MiB; docker's limit too.
+const MIN_MEMORY_MIB: u64 = 6;
+
+/// What the command line and the image say, checked, before anything of the container exists.
+struct Prepared {
+    image: Image,
+    record: Record,
+    vm: VmSpec,
+    args: Vec<String>,
+    capabilities: Capabilities,
+    security: SecurityOptions,
+}
+
+/// Runs a container; the status is its own.
+pub fn run(global: &Global, home: &Home, args: Run) -> Result<u8, Failed> {
+    let prepared = prepare(global, home, &args)?;
+    if args.process.detach {
+        let report = detached::split()?;
+        return match report {
+            detached::Side::Parent(report) => report.relay(),
+            detached::Side::Child(reporter) => {
+                let (streams, outputs) = detached::streams(&args.process)?;
+                let made = make(home, &args, prepared, streams);
+                reporter.supervise(made, outputs)
+            }
+        };
+    }
+    let streams = foreground_streams(&args.process)?;
+    let mut monitor = make(home, &args, prepared, streams)?;
+    let raw = (args.process.tty && args.process.interactive)
+        .then(terminal::Raw::enter)
+        .transpose()?;
+    let status = runtime()?.block_on(monitor.run(|_| Ok(())));
+    drop(raw);
+    status
+}
+
+fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
+    if args.process.tty && args.process.interactive && !args.process.detach {
+        terminal::require()?;
+    }
+    for volume in &args.volume {
+        if !volume.source.exists() {
+            bail!(
+                "the volume source {} does not exist on this host: create it first",
+                volume.source.display()
+            );
+        }
+    }
+    let capabilities = Capabilities::choose(&args.cap_add, &args.cap_drop)?;
+    let security = SecurityOptions::read(&args.security_opt, &capabilities.names())?;
+    let vm_memory = vm_memory_mib(args.memory)?;
+    let (engine, reason) = choose(args.engine.into())?;
+    if matches!(args.engine.into(), EngineChoice::Auto) && engine == Engine::Software {
+        eprintln!("cloison: {reason}");
+    }
+    let id = Id::random().context("cannot make an ID")?;
+    let vcpus = args.cpus.map_or(1, |cpus| cpus.0.div_ceil(1000));
+    let vm = VmSpec {
+        id: id.to_string(),
+        engine,
+        memory_mib: vm_memory,
+        vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+        kernel: parts::kernel(global)?,
+        initramfs: parts::initramfs(global)?,
+        cmdline: String::new(),
+        qemu: parts::qemu(global),
+    };
+    vm.validate()
+        .context("cannot make a VM for this container")?;
+
+    enter_private_namespace()?;
+    let store = Store::open(home.data())?;
+    let image = store.resolve(&args.image, &mut progress)?;
+    let command = command(&image.config, args.entrypoint.as_deref(), &args.command)?;
+    let stop_signal = match (args.stop_signal, &image.config.stop_signal) {
+        (Some(number), _) => number,
+        (None, Some(text)) => signal(text).context("the image's stop signal makes no sense")?,
+        (None, None) => nix::libc::SIGTERM,
+    };
+
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => id.short().parse::<Name>()?,
+    };
+    let mut record = Record::new(id, name, engine);
+    record.image = image.reference.clone();
+    record.image_id = image.id.to_string();
+    record.command.clone_from(&command);
+    record.engine_reason = reason;
+    record.vm_memory_mib = vm_memory;
+    record.vcpus = vm.vcpus;
+    record.volumes.clone_from(&args.volume);
+    record.auto_remove = args.rm;
+    record.tty = args.process.tty;
+    record.stop_signal = stop_signal;
+    Ok(Prepared {
+        image,
+        record,
+        vm,
+        args: command,
+        capabilities,
+        security,
+    })
+}
+
+fn vm_memory_mib(limit: Option<Bytes>) -> Result<u32> {
+    let Some(Bytes(limit)) = limit else {
+        return Ok(DEFAULT_VM_MEMORY_MIB);
+    };
+    if limit < MIN_MEMORY_MIB << 20 {
+        bail!("a memory limit of {limit} bytes is too small: the least is {MIN_MEMORY_MIB}m");
+    }
+    let mib = u32::try_from(limit.div_ceil(1 << 20)).ok();
+    mib.and_then(|mib| mib.checked_add(GUEST_OVERHEAD_MIB))
+        .context("the memory limit is too large")
+}
+
+/// Tells a person at a terminal what takes long.
+fn progress(progress: Progress) {
+    if io::stderr().is_terminal() {
+        match progress {
+            Progress::Waiting { layer } => {
+                eprintln!("cloison: another process is unpacking layer {layer}")
+            }
+            Progress::Unpacked { layer } => eprintln!("cloison: unpacked layer {layer}"),
+            _ => {}
+        }
+    }
+}
+
+/// Makes the container on disk, and all of its mounts. What it has made when it fails is gone again.
+fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result<Monitor> {
+    let (container, lock) = Container::create(home, &prepared.record)?;
+    let spec = match furnish(&container, args, &prepared) {
+        Ok(spec) => spec,
+        Err(error) => {
+            // The first error is the one to tell.
+            let _ = container.erase();
+            return Err(error);
+        }
+    };
+    Ok(Monitor {
+        container,
+        _lock: lock,
+        record: prepared.record,
+        vm: prepared.vm,
+        spec,
+        streams,
+    })
+}
+
+fn write_cidfile(file: &Path, id: &Id) -> Result<()> {
+    File::create_new(file)
+        .and_then(|mut cidfile| write!(cidfile, "{id}"))
+        .with_context(|| format!("cannot write the container's ID to {}", file.display()))
+}
+
+/// Mounts the root file system and the volumes where the guest will see them, and writes the spec.
+fn furnish(container: &Container, args: &Run, prepared: &Prepared) -> Result<Spec> {
+    let mut shared = container.sandbox().share(container.id())?;
+    let rootfs = shared.rootfs_on_host();
+    let (upper, work) = (
+        container.data_dir().join("upper"),
+        container.data_dir().join("work"),
+    );
+    for dir in [&upper, &work] {
+        fs::create_dir(dir)
+            .with_context(|| format!("cannot create the directory {}", dir.display()))?;
+    }
+    // The mount goes with the mount namespace that only this container's processes are in.
+    let _ = RootFs::mount(&prepared.image, &upper, &work, &rootfs, false)?;
+    let binds = volumes(&mut shared, args)?;
+
+    let config = &prepared.image.config;
+    let user = user_of(
+        &rootfs,
+        args.process.user.as_deref().or(config.user.as_deref()),
+    )?;
+    let workdir = args
+        .process
+        .workdir
+        .as_deref()
+        .or(config.working_dir.as_deref());
+    let workdir = workdir.filter(|dir| !dir.is_empty()).unwrap_or("/");
+    make_workdir(&rootfs, workdir)?;
+    let hostname = args
+        .hostname
+        .clone()
+        .unwrap_or_else(|| container.id().short().to_owned());
+    let mut base = config.env.clone();
+    base.push(format!("HOSTNAME={hostname}"));
+    let process = ProcessPlan {
+        args: prepared.args.clone(),
+        env: environment(&base, &args.process, Some(&user.home))?,
+        workdir: workdir.to_owned(),
+        user: &user,
+        terminal: args.process.tty,
+        capabilities: &prepared.capabilities,
+        ulimits: &args.ulimit,
+    };
+    let plan = ContainerPlan {
+        id: container.id(),
+        process: process.into_process()?,
+        hostname,
+        rootfs: shared.rootfs_in_guest(),
+        read_only: args.read_only,
+        memory: args.memory,
+        cpus: args.cpus,
+        security: prepared.security.clone(),
+        binds,
+        tmpfs: &args.tmpfs,
+        init: args.init,
+    };
+    let spec = plan.into_spec()?;
+    container.save_spec(&spec)?;
+    if let Some(file) = &args.cidfile {
+        write_cidfile(file, container.id())?;
+    }
+    Ok(spec)
+}
+
+fn volumes(shared: &mut Shared, args: &Run) -> Result<Vec<(PathBuf, PathBuf, bool)>> {
+    let bind = |volume: &crate::values::Volume| {
+        let in_guest = shared.add_mount(&volume.source, volume.read_only);
+        let in_guest = in_guest
+            .with_context(|| format!("cannot use the volume source {}", volume.source.display()))?;
+        Ok((in_guest, volume.destination.clone(), volume.read_only))
+    };
+    args.volume.iter().map(bind).collect()
+}
+
+/// Docker makes a working directory that the image lacks.
+fn make_workdir(rootfs: &Path, workdir: &str) -> Result<()> {
+    let root = Root::open(rootfs).context("cannot open the container's root file system")?;
+    match root.create_dir_all(Path::new(workdir), 0o755, 0, 0) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            bail!("the working directory {workdir} is not a directory in the image")
+        }
+        Err(e) => Err(e).with_context(|| format!("cannot make the working directory {workdir}")),
+    }
+}

@@ -1,0 +1,370 @@
+//! The host's side of the agent's protocol: calls with the host's types and errors for people. Answers come from a hostile
+//! guest: they are bounded by ttrpc's own message limit, and nothing in them is used as a path or a command.
+
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use cloison_agent_api::PROTOCOL;
+use cloison_agent_api::agent::{self as api, Stdio, TtySize};
+use cloison_agent_api::agent_ttrpc::AgentClient;
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+use ttrpc::context::{self, Context};
+use ttrpc::proto::Code;
+
+/// How long a guest may take from the start of its VM to its agent's first answer. Far beyond what any engine needs on a
+/// loaded host; it only turns a hung guest into an error.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+/// How long any call but a wait may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Longest text taken from an agent's answer into a message, characters.
+const MAX_MESSAGE: usize = 4096;
+
+/// The calls that look for an executable, in words.
+const CREATE: &str = "create the container";
+const START: &str = "start the container";
+const EXEC: &str = "run the process";
+
+/// Why the agent refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// No such container, process or executable.
+    NotFound,
+    /// The executable may not be executed.
+    PermissionDenied,
+    /// The container or process is in the wrong state.
+    WrongState,
+    /// The request makes no sense to the agent.
+    Invalid,
+    /// Anything else, a lost connection included.
+    Other,
+}
+
+/// A call to the agent failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} in the guest: {message}")]
+pub struct AgentError {
+    /// Verb phrase: "create the container".
+    pub what: &'static str,
+    /// What kind of failure.
+    pub failure: Failure,
+    /// The agent's own words, or what happened to the connection.
+    pub message: String,
+}
+
+impl AgentError {
+    /// Whether the call was one that looks for an executable, so that [`Failure::NotFound`] speaks of that.
+    pub fn names_executable(&self) -> bool {
+        matches!(self.what, CREATE | START | EXEC)
+    }
+
+    fn new(what: &'static str, error: ttrpc::Error) -> Self {
+        let (failure, message) = match error {
+            ttrpc::Error::RpcStatus(status) => (
+                match status.code() {
+                    Code::NOT_FOUND => Failure::NotFound,
+                    Code::PERMISSION_DENIED => Failure::PermissionDenied,
+                    Code::FAILED_PRECONDITION | Code::ALREADY_EXISTS => Failure::WrongState,
+                    Code::INVALID_ARGUMENT => Failure::Invalid,
+                    _ => Failure::Other,
+                },
+                status.message().to_owned(),
+            ),
+            other => (Failure::Other, other.to_string()),
+        };
+        Self {
+            what,
+            failure,
+            message: printable(&message),
+        }
+    }
+}
+
+/// A guest's text made fit for a person's terminal: no control characters but line feeds and tabs, and not without end.
+fn printable(text: &str) -> String {
+    text.chars()
+        .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
+        .take(MAX_MESSAGE)
+        .collect()
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitStatus {
+    /// 0..=255; 128+n when ended by signal n.
+    pub code: u8,
+    /// The container's memory limit was hit while the process ran.
+    pub oom_killed: bool,
+}
+
+/// What the agent says of its guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestInfo {
+    /// The guest's `uname -r`.
+    pub kernel: String,
+    /// The agent's release.
+    pub agent: String,
+    /// The guest's memory, bytes.
+    pub memory: u64,
+}
+
+/// A connection to the agent. Clones share it.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+fn within(limit: Duration) -> Context {
+    context::with_duration(limit)
+}
+
+impl Agent {
+    /// Speaks over `stream`, one end of a connection whose other end is or will be the agent's. Must be called inside a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch the stream.
+    pub fn over(stream: UnixStream) -> std::io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        let client = ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(stream));
+        Ok(Self {
+            client: AgentClient::new(client),
+        })
+    }
+
+    /// Waits for the guest to come up, checks that both sides speak the same protocol and sets the guest's clock.
+    ///
+    /// # Errors
+    /// [`AgentError`], a mismatch of versions included.
+    pub async fn hello(&self) -> Result<GuestInfo, AgentError> {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let request = api::HelloRequest {
+            protocol: PROTOCOL,
+            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .hello(within(BOOT_TIMEOUT), &request)
+            .await
+            .map_err(|e| AgentError::new("reach the agent", e))?;
+        if answer.protocol != PROTOCOL {
+            return Err(AgentError {
+                what: "reach the agent",
+                failure: Failure::Invalid,
+                message: format!(
+                    "it speaks protocol {} (release {}), this cloison speaks {PROTOCOL}: install an initramfs and a cloison of the same release",
+                    answer.protocol,
+                    printable(&answer.version)
+                ),
+            });
+        }
+        Ok(GuestInfo {
+            kernel: printable(&answer.kernel),
+            agent: printable(&answer.version),
+            memory: answer.memory_bytes,
+        })
+    }
+
+    /// Creates a container and its init, which waits for [`Agent::start`]. Paths in `spec` are the guest's.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn create(
+        &self,
+        container: &str,
+        spec: &Spec,
+        stdio: Stdio,
+        tty: Option<TtySize>,
+    ) -> Result<(), AgentError> {
+        let what = CREATE;
+        let request = api::CreateContainerRequest {
+            container_id: container.into(),
+            spec: json(what, spec)?,
+            stdio: Some(stdio).into(),
+            tty_size: tty.into(),
+            ..Default::default()
+        };
+        // The first call of a sandbox may be sent before the guest is up.
+        let answer = self
+            .client
+            .create_container(within(BOOT_TIMEOUT), &request)
+            .await;
+        answer.map(drop).map_err(|e| AgentError::new(what, e))
+    }
+
+    /// Runs the container's process.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] and [`Failure::PermissionDenied`] when there is no such executable or it is not one.
+    pub async fn start(&self, container: &str) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .start_container(within(CALL_TIMEOUT), &of(container))
+            .await;
+        answer.map(drop).map_err(|e| AgentError::new(START, e))
+    }
+
+    /// Runs one more process in a container.
+    ///
+    /// # Errors
+    /// As for [`Agent::start`].
+    pub async fn exec(
+        &self,
+        container: &str,
+        exec_id: &str,
+        process: &Process,
+        stdio: Stdio,
+        tty: Option<TtySize>,
+    ) -> Result<(), AgentError> {
+        let what = EXEC;
+        let request = api::ExecRequest {
+            container_id: container.into(),
+            exec_id: exec_id.into(),
+            process: json(what, process)?,
+            stdio: Some(stdio).into(),
+            tty_size: tty.into(),
+            ..Default::default()
+        };
+        let answer = self.client.exec(within(CALL_TIMEOUT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::new(what, e))
+    }
+
+    /// Waits for a process to end and its output to be sent; the empty `exec_id` names the container's init.
+    ///
+    /// # Errors
+    /// [`AgentError`], a lost connection included.
+    pub async fn wait(&self, container: &str, exec_id: &str) -> Result<ExitStatus, AgentError> {
+        let request = api::ProcessRequest {
+            container_id: container.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let what = "wait for the process";
+        let answer = self.client.wait(Context::default(), &request).await;
+        let answer = answer.map_err(|e| AgentError::new(what, e))?;
+        let code = u8::try_from(answer.exit_code).map_err(|_| AgentError {
+            what,
+            failure: Failure::Invalid,
+            message: format!(
+                "the agent reports the impossible exit code {}",
+                answer.exit_code
+            ),
+        })?;
+        Ok(ExitStatus {
+            code,
+            oom_killed: answer.oom_killed,
+        })
+    }
+
+    /// Sends a signal to a process, or to all of the container's.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] when it has ended.
+    pub async fn signal(
+        &self,
+        container: &str,
+        exec_id: &str,
+        signal: i32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = api::SignalRequest {
+            container_id: container.into(),
+            exec_id: exec_id.into(),
+            signal: signal.unsigned_abs(),
+            all,
+            ..Default::default()
+        };
+        let answer = self.client.signal(within(CALL_TIMEOUT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("send the signal", e))
+    }
+
+    /// Tells a process's terminal its size.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resize(
+        &self,
+        container: &str,
+        exec_id: &str,
+        size: TtySize,
+    ) -> Result<(), AgentError> {
+        let request = api::ResizeTtyRequest {
+            container_id: container.into(),
+            exec_id: exec_id.into(),
+            size: Some(size).into(),
+            ..Default::default()
+        };
+        let answer = self.client.resize_tty(within(CALL_TIMEOUT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("resize the terminal", e))
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn update(
+        &self,
+        container: &str,
+        resources: &LinuxResources,
+    ) -> Result<(), AgentError> {
+        let what = "update the container's limits";
+        let request = api::UpdateContainerRequest {
+            container_id: container.into(),
+            resources: json(what, resources)?,
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .update_container(within(CALL_TIMEOUT), &request)
+            .await;
+        answer.map(drop).map_err(|e| AgentError::new(what, e))
+    }
+
+    /// Ends every process and writes every file back; the VM may be ended afterwards.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .shutdown(within(CALL_TIMEOUT), &api::Empty::default())
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("shut the guest down", e))
+    }
+}
+
+fn of(container: &str) -> api::ContainerRequest {
+    api::ContainerRequest {
+        container_id: container.into(),
+        ..Default::default()
+    }
+}
+
+fn json(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>, AgentError> {
+    serde_json::to_vec(value).map_err(|e| AgentError {
+        what,
+        failure: Failure::Invalid,
+        message: e.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_text_cannot_drive_the_terminal_or_fill_it() {
+        assert_eq!(printable("a\x1b[2Jb\r\n\tc\u{9b}"), "a[2Jb\n\tc");
+        assert_eq!(printable(&"x".repeat(1 << 20)).len(), MAX_MESSAGE);
+    }
+}

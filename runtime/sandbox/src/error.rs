@@ -1,0 +1,87 @@
+//! What can go wrong between a front door and its sandbox.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::agent::AgentError;
+
+/// An operation on a sandbox failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call on a path failed.
+    #[error("cannot {what} {}", path.display())]
+    Path {
+        /// Verb phrase: "create the directory".
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A system call that names no path failed.
+    #[error("cannot {what}")]
+    System {
+        /// Verb phrase.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The sandbox's directory exists.
+    #[error("a sandbox with the ID {id} exists already")]
+    Exists {
+        /// The ID.
+        id: String,
+    },
+    /// The VM process could not be started.
+    #[error("cannot start the VM process")]
+    Launch(#[source] cloison_vmm::LaunchError),
+    /// The VM process could not be waited for.
+    #[error("cannot wait for the VM process")]
+    Wait(#[source] cloison_vmm::WaitError),
+    /// The VM process's last report cannot be read.
+    #[error("cannot learn how the VM ended")]
+    EndFile(#[source] cloison_vmm::EndFileError),
+    /// The VM process refused or did not answer.
+    #[error("cannot {what} through the VM process's control socket")]
+    Control {
+        /// Verb phrase.
+        what: &'static str,
+        /// What went wrong.
+        source: cloison_vmm::ControlError,
+    },
+    /// The VM ended.
+    #[error("the VM has ended: {reason}: {message}{}", tail(log))]
+    Ended {
+        /// Reason in words.
+        reason: String,
+        /// More of it.
+        message: String,
+        /// Last lines of the guest kernel's log; may be empty.
+        log: String,
+    },
+    /// The agent refused, or the connection to it broke.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+fn tail(log: &str) -> String {
+    if log.is_empty() {
+        String::new()
+    } else {
+        format!("\nThe guest kernel's last lines:\n{}", log.trim_end())
+    }
+}
+
+impl Error {
+    pub(crate) fn path(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Path { what, path, source }
+    }
+
+    pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { what, source }
+    }
+}

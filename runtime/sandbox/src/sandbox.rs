@@ -1,0 +1,304 @@
+//! A sandbox's directory and what lives in it. The directory is the journal: it exists before anything it names does, so whoever
+//! finds it can end the VM process and remove every trace, whatever was killed at whatever moment.
+//!
+//! ```text
+//! sandboxes/<id>/
+//!   control.sock  the VM process's control socket
+//!   vsock.sock    connections to the guest
+//!   shared/       all of the host that the guest sees
+//!   end.json      why the VM ended
+//! ```
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use cloison_agent_api::AGENT_PORT;
+use cloison_vmm::{
+    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, VSOCK_SOCKET, VmProcess,
+    VmSpec, launch, read_end,
+};
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::pipe2;
+use tokio::io::unix::AsyncFd;
+
+use crate::{Agent, Error, Home, Id, Shared, Streams, Wiring, host, shared};
+
+/// How long a VM process that was told to end may take before it is killed, milliseconds.
+const END_TIMEOUT_MS: u16 = 5_000;
+
+/// A sandbox's place on disk; whether its VM runs is for the VM process to say.
+#[derive(Debug, Clone)]
+pub struct Sandbox {
+    id: Id,
+    dir: PathBuf,
+}
+
+/// A VM that this process has launched, and that ends with it.
+pub struct Running {
+    process: VmProcess,
+    exited: AsyncFd<OwnedFd>,
+    agent: Agent,
+    control: ControlClient,
+    // The VM process kills its VM when the last copy of this is closed, however this process ends.
+    _owner: OwnedFd,
+}
+
+impl Sandbox {
+    /// Makes a new sandbox's directory.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], or when the run directory cannot be written.
+    pub fn create(home: &Home, id: &Id) -> Result<Self, Error> {
+        let sandbox = Self::open(home, id);
+        let parent = home.sandboxes();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&parent)
+            .map_err(Error::path("create the directory", &parent))?;
+        for dir in [&sandbox.dir, &sandbox.shared()] {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(dir)
+                .map_err(|e| match e.kind() {
+                    io::ErrorKind::AlreadyExists => Error::Exists { id: id.to_string() },
+                    _ => Error::path("create the directory", dir)(e),
+                })?;
+        }
+        Ok(sandbox)
+    }
+
+    /// Names a sandbox that may or may not exist.
+    pub fn open(home: &Home, id: &Id) -> Self {
+        Self {
+            id: id.clone(),
+            dir: home.sandbox(id),
+        }
+    }
+
+    /// The sandbox's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn shared(&self) -> PathBuf {
+        self.dir.join("shared")
+    }
+
+    /// Makes a container's part of the shared directory.
+    ///
+    /// # Errors
+    /// When it exists or cannot be written.
+    pub fn share(&self, container: &Id) -> Result<Shared, Error> {
+        Shared::create(&self.shared(), container)
+    }
+
+    /// Where a container's root file system is mounted, for the processes of this sandbox.
+    pub fn rootfs_on_host(&self, container: &Id) -> PathBuf {
+        shared::rootfs(&self.shared(), container)
+    }
+
+    /// Starts the VM with `streams` ready for the first container's init. Calls to the agent may be made at once; they are
+    /// answered when the guest is up.
+    ///
+    /// # Errors
+    /// When the VM process cannot be started.
+    pub fn launch(&self, spec: VmSpec, streams: Streams) -> Result<(Running, Wiring), Error> {
+        let (wiring, mut attachments) = streams.into_attachments()?;
+        let (ours, theirs) = UnixStream::pair().map_err(Error::system("create a socket pair"))?;
+        theirs
+            .set_nonblocking(true)
+            .map_err(Error::system("set up the connection to the agent"))?;
+        let theirs = OwnedFd::from(theirs);
+        attachments.push(Attachment {
+            port: AGENT_PORT,
+            read: Some(
+                theirs
+                    .try_clone()
+                    .map_err(Error::system("duplicate a socket"))?,
+            ),
+            write: Some(theirs),
+            done: None,
+        });
+        let (watched, owner) = pipe2(OFlag::O_CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(Error::system("create a pipe"))?;
+        let process = launch(Launch {
+            spec,
+            dir: &self.dir,
+            shared: &self.shared(),
+            attachments,
+            owner: Some(watched),
+            log: None,
+        })
+        .map_err(Error::Launch)?;
+        let exited = process
+            .pidfd()
+            .try_clone_to_owned()
+            .and_then(host::watch)
+            .map_err(Error::system("watch the VM process"))?;
+        let running = Running {
+            process,
+            exited,
+            agent: Agent::over(ours)
+                .map_err(Error::system("set up the connection to the agent"))?,
+            control: self.control()?,
+            _owner: owner,
+        };
+        Ok((running, wiring))
+    }
+
+    /// Connects to the VM process.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn control(&self) -> Result<ControlClient, Error> {
+        ControlClient::connect(&self.dir.join(CONTROL_SOCKET)).map_err(|source| Error::Control {
+            what: "reach the VM",
+            source,
+        })
+    }
+
+    /// Connects to the agent of a running VM.
+    ///
+    /// # Errors
+    /// When the VM does not run or its agent does not listen.
+    pub fn connect_agent(&self) -> Result<Agent, Error> {
+        let path = self.dir.join(VSOCK_SOCKET);
+        let failed = || Error::path("connect to the guest through", &path);
+        let mut stream = UnixStream::connect(&path).map_err(failed())?;
+        writeln!(stream, "CONNECT {AGENT_PORT}").map_err(failed())?;
+        let mut reader = BufReader::with_capacity(64, &stream);
+        let mut answer = String::new();
+        reader.read_line(&mut answer).map_err(failed())?;
+        if !answer.starts_with("OK ") {
+            return Err(failed()(io::Error::other(format!(
+                "the guest refused the connection: {}",
+                answer.trim_end().trim_start_matches("ERR ")
+            ))));
+        }
+        Agent::over(stream).map_err(failed())
+    }
+
+    /// Why the VM ended; `None` while it runs or when it never started.
+    ///
+    /// # Errors
+    /// When the report cannot be read.
+    pub fn end(&self) -> Result<Option<End>, Error> {
+        read_end(&self.dir).map_err(Error::EndFile)
+    }
+
+    /// Ends the VM, whoever launched it, and waits until its process is gone.
+    ///
+    /// # Errors
+    /// When the process survives a SIGKILL.
+    pub fn kill(&self) -> Result<(), Error> {
+        // Nobody listens on the socket of a VM process that has ended.
+        let Ok(control) = self.control() else {
+            return Ok(());
+        };
+        let pid = control.status().map(|status| status.pid);
+        // A VM process too broken to answer is killed below.
+        let _ = control.kill();
+        if hung_up(&control, END_TIMEOUT_MS)? {
+            return Ok(());
+        }
+        if let Ok(pid) = pid {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        if hung_up(&control, END_TIMEOUT_MS)? {
+            return Ok(());
+        }
+        Err(Error::system("end the VM process")(io::Error::from(
+            io::ErrorKind::TimedOut,
+        )))
+    }
+
+    /// Ends the VM if it runs and removes the sandbox's directory; a sandbox that does not exist is removed already.
+    ///
+    /// # Errors
+    /// When something of it cannot be removed.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.kill()?;
+        // The mounts below are in the namespace of processes that are gone; what is left are plain directories.
+        match fs::remove_dir_all(&self.dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(Error::path("remove the directory", &self.dir)(e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The sandbox's ID.
+    pub fn id(&self) -> &Id {
+        &self.id
+    }
+}
+
+fn hung_up(control: &ControlClient, timeout_ms: u16) -> Result<bool, Error> {
+    let mut fds = [PollFd::new(control.as_fd(), PollFlags::empty())];
+    let ready = poll(&mut fds, PollTimeout::from(timeout_ms))
+        .map_err(io::Error::from)
+        .map_err(Error::system("wait for the VM process"))?;
+    Ok(ready > 0)
+}
+
+impl Running {
+    /// The agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The VM process's pid.
+    pub fn pid(&self) -> u32 {
+        self.process.pid().as_raw().unsigned_abs()
+    }
+
+    /// Waits until the VM process has ended by itself. May be dropped and called again.
+    ///
+    /// # Errors
+    /// When its report cannot be read.
+    pub async fn ended(&mut self) -> Result<End, Error> {
+        let failed = || Error::system("wait for the VM process");
+        drop(self.exited.readable().await.map_err(failed())?);
+        self.process.wait().map_err(Error::Wait)
+    }
+
+    /// Ends the VM at once, and waits until its process is gone.
+    ///
+    /// # Errors
+    /// As for [`Running::ended`].
+    pub async fn kill(mut self) -> Result<End, Error> {
+        // It may have ended by itself.
+        let _ = self.control.kill();
+        self.ended().await
+    }
+}
+
+impl From<End> for Error {
+    fn from(end: End) -> Self {
+        Self::Ended {
+            reason: reason_in_words(end.reason).into(),
+            message: end.message,
+            log: end.kernel_log_tail,
+        }
+    }
+}
+
+fn reason_in_words(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Shutdown => "the guest shut down",
+        EndReason::Killed => "it was killed",
+        EndReason::OwnerGone => "the process that started it is gone",
+        EndReason::GuestPanic => "the guest's kernel panicked",
+        EndReason::GuestReset => "the guest reset itself",
+        EndReason::EngineFailed => "its engine failed",
+        EndReason::ProcessKilled => "its process was killed from outside",
+    }
+}

@@ -1,0 +1,322 @@
+//! A process's stdio as descriptors that the VM process can move bytes through without ever blocking. The caller's own open file
+//! descriptions are shared with its shell and stay as they are: pipes and terminals are opened once more, non-blocking; regular
+//! files and sockets are used as they are; what can be neither is copied through a pipe by a thread of ours.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+
+use cloison_agent_api::agent::Stdio;
+use cloison_vmm::{Attachment, ControlClient};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::unistd::pipe2;
+use tokio::net::unix::pipe::Receiver;
+
+use crate::Error;
+
+/// Host vsock ports of an init's streams. Ports given out later, to exec'd processes, are far above.
+const INIT_PORTS: [u32; 3] = [2000, 2001, 2002];
+
+/// One end of a process's stdio on the host.
+#[derive(Debug)]
+pub struct HostStream {
+    fd: OwnedFd,
+    /// The thread that copies between `fd` and the caller's descriptor, when there must be one; it ends at EOF. For output it must
+    /// be waited for, or the last bytes are lost.
+    relay: Option<std::thread::JoinHandle<()>>,
+}
+
+#[derive(Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
+}
+
+impl HostStream {
+    /// The process reads what is read from `fd`.
+    ///
+    /// # Errors
+    /// When the descriptor can be neither used, reopened nor copied.
+    pub fn input(fd: BorrowedFd<'_>) -> Result<Self, Error> {
+        Self::prepare(fd, Direction::Read)
+    }
+
+    /// What the process writes is written to `fd`.
+    ///
+    /// # Errors
+    /// As for [`HostStream::input`].
+    pub fn output(fd: BorrowedFd<'_>) -> Result<Self, Error> {
+        Self::prepare(fd, Direction::Write)
+    }
+
+    /// A descriptor of our own that is non-blocking already.
+    pub fn ready(fd: OwnedFd) -> Self {
+        Self { fd, relay: None }
+    }
+
+    fn prepare(fd: BorrowedFd<'_>, direction: Direction) -> Result<Self, Error> {
+        let failed = || Error::system("prepare standard input or output");
+        let own = File::from(fd.try_clone_to_owned().map_err(failed())?);
+        let kind = own.metadata().map_err(failed())?.file_type();
+        if kind.is_file() || kind.is_socket() {
+            return Ok(Self::ready(own.into()));
+        }
+        let access = match direction {
+            Direction::Read => OFlag::O_RDONLY,
+            Direction::Write => OFlag::O_WRONLY,
+        };
+        let flags = access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let path = format!("/proc/self/fd/{}", own.as_raw_fd());
+        if let Ok(reopened) = open(path.as_str(), flags, Mode::empty()) {
+            return Ok(Self::ready(reopened));
+        }
+        Self::relayed(own, direction).map_err(failed())
+    }
+
+    /// For what cannot be reopened: another user's terminal, a descriptor from another namespace.
+    fn relayed(theirs: File, direction: Direction) -> io::Result<Self> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+        let (ours, mut from, mut to) = match direction {
+            Direction::Read => (reader, theirs, File::from(writer)),
+            Direction::Write => (writer, File::from(reader), theirs),
+        };
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let relay = std::thread::Builder::new()
+            .name("stdio-relay".into())
+            .spawn(move || {
+                // An error here is the end of the stream, which the other side sees as such.
+                let _ = io::copy(&mut from, &mut to);
+            })?;
+        let relay = match direction {
+            Direction::Read => None,
+            Direction::Write => Some(relay),
+        };
+        Ok(Self { fd: ours, relay })
+    }
+}
+
+/// A process's stdio. A missing stream is the guest's `/dev/null`.
+#[derive(Debug, Default)]
+pub struct Streams {
+    /// What the process reads.
+    pub stdin: Option<HostStream>,
+    /// What it writes; with a terminal all it writes.
+    pub stdout: Option<HostStream>,
+    /// What it writes to standard error; unused with a terminal.
+    pub stderr: Option<HostStream>,
+    /// One stream for both directions, with a terminal in the guest.
+    pub terminal: bool,
+}
+
+/// Streams that have been given to a VM.
+#[derive(Debug)]
+pub struct Wiring {
+    /// What the agent is told.
+    pub stdio: Stdio,
+    done: OwnedFd,
+    relays: Vec<std::thread::JoinHandle<()>>,
+}
+
+/// A stream on its way to the VM process: which of [`Stdio`]'s fields it is, and its two directions.
+struct Lane {
+    index: usize,
+    read: Option<OwnedFd>,
+    write: Option<OwnedFd>,
+}
+
+impl Streams {
+    /// Wires an init's streams, to be there before the guest starts.
+    pub(crate) fn into_attachments(self) -> Result<(Wiring, Vec<Attachment>), Error> {
+        let mut attachments = Vec::new();
+        let wiring = self.wire(|lane, done| {
+            let port = INIT_PORTS[lane.index];
+            attachments.push(Attachment {
+                port,
+                read: lane.read,
+                write: lane.write,
+                done: Some(done),
+            });
+            Ok(port)
+        })?;
+        Ok((wiring, attachments))
+    }
+
+    /// Wires the streams of a process in a VM that runs.
+    ///
+    /// # Errors
+    /// When the VM process refuses or has ended.
+    pub fn attach(self, control: &ControlClient) -> Result<Wiring, Error> {
+        self.wire(|lane, done| {
+            let read = lane.read.as_ref().map(AsFd::as_fd);
+            let write = lane.write.as_ref().map(AsFd::as_fd);
+            control
+                .attach(read, write, Some(done.as_fd()))
+                .map_err(|source| Error::Control {
+                    what: "attach standard input or output",
+                    source,
+                })
+        })
+    }
+
+    fn wire(
+        self,
+        mut attach: impl FnMut(Lane, OwnedFd) -> Result<u32, Error>,
+    ) -> Result<Wiring, Error> {
+        let (done, held) = pipe2(OFlag::O_CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(Error::system("create a pipe"))?;
+        let mut relays = Vec::new();
+        let mut open = |stream: Option<HostStream>| {
+            stream.map(|stream| {
+                relays.extend(stream.relay);
+                stream.fd
+            })
+        };
+        let (stdin, stdout, stderr) = (open(self.stdin), open(self.stdout), open(self.stderr));
+        let lane = |index, read, write| Lane { index, read, write };
+        let lanes = if self.terminal {
+            vec![lane(0, stdin, stdout)]
+        } else {
+            vec![
+                lane(0, stdin, None),
+                lane(1, None, stdout),
+                lane(2, None, stderr),
+            ]
+        };
+        let mut ports = [0; 3];
+        for lane in lanes {
+            // A terminal's stream is needed even when nobody listens: it is how the guest's terminal ends.
+            if lane.read.is_some() || lane.write.is_some() || self.terminal {
+                let held = held
+                    .try_clone()
+                    .map_err(Error::system("duplicate a pipe"))?;
+                let index = lane.index;
+                ports[index] = attach(lane, held)?;
+            }
+        }
+        Ok(Wiring {
+            stdio: Stdio {
+                stdin: ports[0],
+                stdout: ports[1],
+                stderr: ports[2],
+                ..Default::default()
+            },
+            done,
+            relays,
+        })
+    }
+}
+
+impl Wiring {
+    /// Waits until every stream has ended and every byte has reached its descriptor.
+    ///
+    /// # Errors
+    /// When the wait itself fails.
+    pub async fn finished(self) -> Result<(), Error> {
+        let failed = || Error::system("wait for the end of the output");
+        let done = Receiver::from_owned_fd(self.done).map_err(failed())?;
+        // Nobody writes into this pipe: it becomes readable when its last writer has closed it.
+        done.readable().await.map_err(failed())?;
+        for relay in self.relays {
+            // A relay that panicked has printed why, and there is nothing to be saved.
+            let _ = tokio::task::spawn_blocking(move || relay.join()).await;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use nix::fcntl::{FcntlArg, fcntl};
+
+    use super::*;
+
+    fn is_nonblocking(fd: impl AsFd) -> bool {
+        OFlag::from_bits_truncate(fcntl(fd.as_fd(), FcntlArg::F_GETFL).unwrap())
+            .contains(OFlag::O_NONBLOCK)
+    }
+
+    #[test]
+    fn a_callers_pipe_stays_blocking_while_ours_does_not() {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let input = HostStream::input(reader.as_fd()).unwrap();
+        let output = HostStream::output(writer.as_fd()).unwrap();
+        assert!(is_nonblocking(&input.fd) && is_nonblocking(&output.fd));
+        assert!(!is_nonblocking(&reader) && !is_nonblocking(&writer));
+    }
+
+    #[test]
+    fn a_regular_file_keeps_its_offset_shared_with_the_caller() {
+        let mut file = tempfile::tempfile().unwrap();
+        let output = HostStream::output(file.as_fd()).unwrap();
+        File::from(output.fd).write_all(b"guest ").unwrap();
+        file.write_all(b"shell").unwrap();
+        let mut text = String::new();
+        io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "guest shell");
+    }
+
+    #[test]
+    fn what_cannot_be_reopened_is_relayed_to_the_last_byte() {
+        let (theirs_out, theirs) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let output = HostStream::relayed(File::from(theirs), Direction::Write).unwrap();
+        assert!(is_nonblocking(&output.fd));
+        File::from(output.fd).write_all(b"last words").unwrap();
+        output.relay.unwrap().join().unwrap();
+        let mut text = String::new();
+        File::from(theirs_out).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+    }
+
+    #[test]
+    fn streams_are_over_when_every_lane_has_been_dropped() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let null = || {
+            HostStream::ready(
+                File::options()
+                    .read(true)
+                    .write(true)
+                    .open("/dev/null")
+                    .unwrap()
+                    .into(),
+            )
+        };
+        let streams = Streams {
+            stdin: Some(null()),
+            stdout: Some(null()),
+            ..Default::default()
+        };
+        let (wiring, attachments) = streams.into_attachments().unwrap();
+        assert_eq!(
+            (wiring.stdio.stdin, wiring.stdio.stdout, wiring.stdio.stderr),
+            (2000, 2001, 0)
+        );
+        runtime.block_on(async {
+            let mut finished = Box::pin(wiring.finished());
+            assert!(
+                futures_poll(&mut finished).await.is_none(),
+                "over while a lane is open"
+            );
+            drop(attachments);
+            finished.await.unwrap();
+        });
+    }
+
+    /// Polls once.
+    async fn futures_poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+        tokio::select! {
+            biased;
+            output = future => Some(output),
+            () = std::future::ready(()) => None,
+        }
+    }
+}
