@@ -2,14 +2,20 @@
 //! the software engine. Nothing here knows of KVM, QEMU, containers or async runtimes. Guest memory is hostile: every value is
 //! read once and checked where it enters.
 
+mod again;
+mod chains;
+mod console;
 mod device;
 mod fs;
+mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod vsock;
 
+pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
+pub use rng::{Rng, RngState, RngStateVersion};
 pub use vsock::{
     AttachError, Attachment, FIRST_DYNAMIC_PORT, GUEST_CID, MAX_ATTACHMENTS, Unsuitable, Vsock,
     VsockConfig, VsockError, VsockHandle, VsockState,

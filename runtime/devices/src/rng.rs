@@ -1,0 +1,170 @@
+//! Entropy for the guest (virtio 1.3 §5.4), from the host kernel's generator. The device holds no state of its own, and none of
+//! what it hands out.
+
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestMemoryMmap};
+
+use crate::again::Again;
+use crate::{Broken, Context, Device, QueueMask, chains};
+
+const NAME: &str = "rng";
+const QUEUE: usize = 0;
+/// The kernel has one request under way at a time.
+const QUEUE_SIZE: u16 = 8;
+/// Most bytes given to one chain. The device may give fewer than there is room for (§5.4.6.1); Linux asks for 64.
+const MOST_OF_A_CHAIN: usize = 256;
+/// Most chains handled in one call.
+const BATCH: usize = 16;
+/// Version of [`RngState`].
+const STATE_VERSION: u32 = 1;
+
+/// A saved state is not of this version.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the saved state of the entropy device has version {0}; this program knows version {STATE_VERSION}"
+)]
+pub struct RngStateVersion(u32);
+
+/// What is needed to give a restored guest the same device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngState {
+    version: u32,
+    acked_features: u64,
+}
+
+/// The entropy device.
+#[derive(Debug)]
+pub struct Rng {
+    acked_features: u64,
+    again: Again,
+}
+
+impl Rng {
+    /// An entropy device.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            acked_features: 0,
+            again: Again::new()?,
+        })
+    }
+
+    /// The state from which [`Rng::restore`] makes the same device.
+    pub fn state(&self) -> RngState {
+        RngState {
+            version: STATE_VERSION,
+            acked_features: self.acked_features,
+        }
+    }
+
+    /// Takes on `state`.
+    ///
+    /// # Errors
+    /// When it is of another version.
+    pub fn restore(&mut self, state: &RngState) -> Result<(), RngStateVersion> {
+        if state.version != STATE_VERSION {
+            return Err(RngStateVersion(state.version));
+        }
+        self.acked_features = state.acked_features & self.features();
+        Ok(())
+    }
+
+    fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
+        let mut used = QueueMask::NONE;
+        for _ in 0..BATCH {
+            let Some(chain) = chains::next(NAME, ctx, QUEUE)? else {
+                return Ok(used);
+            };
+            let head = chain.head_index();
+            let given = give(ctx.memory, chain);
+            chains::give_back(NAME, ctx, QUEUE, head, given)?;
+            used.insert(QUEUE);
+        }
+        self.again.ask();
+        Ok(used)
+    }
+}
+
+/// Fills the first writable bytes of `chain`, up to what is not in guest memory; answers how many.
+fn give(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
+    let mut entropy = [0; MOST_OF_A_CHAIN];
+    let mut given = 0;
+    for descriptor in chain.writable() {
+        let wanted = (descriptor.len() as usize).min(MOST_OF_A_CHAIN - given);
+        let bytes = &mut entropy[given..given + wanted];
+        if !fill(bytes) || memory.write_slice(bytes, descriptor.addr()).is_err() {
+            break;
+        }
+        given += wanted;
+        if given == MOST_OF_A_CHAIN {
+            break;
+        }
+    }
+    // At most MOST_OF_A_CHAIN.
+    given as u32
+}
+
+/// Fills `bytes`, of which there are at most 256, so that the kernel neither stops half-way nor is interrupted (getrandom(2)).
+fn fill(bytes: &mut [u8]) -> bool {
+    let wanted = bytes.len();
+    rustix::rand::getrandom(bytes, rustix::rand::GetRandomFlags::empty()) == Ok(wanted)
+}
+
+impl Device for Rng {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn set_acked_features(&mut self, features: u64) {
+        self.acked_features = features;
+    }
+
+    /// There is no configuration (§5.4.4).
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn queue_event(
+        &mut self,
+        ctx: &mut Context<'_, '_>,
+        index: usize,
+    ) -> Result<QueueMask, Broken> {
+        match index {
+            QUEUE => self.drain(ctx),
+            _ => Ok(QueueMask::NONE),
+        }
+    }
+
+    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.again.fd())
+    }
+
+    fn host_event(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
+        self.again.asked();
+        self.drain(ctx)
+    }
+
+    fn reset(&mut self) {
+        self.acked_features = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests;
