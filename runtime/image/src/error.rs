@@ -289,14 +289,4 @@ pub enum LayerError {
     },
 }
 
-impl LayerError {
-    /// The system's own error, where there is one.
-    pub(crate) fn io(&self) -> Option<&io::Error> {
-        match self {
-            LayerError::Read(source) | LayerError::Write { source, .. } => Some(source),
-            _ => None,
-        }
-    }
-}
-
 pub(crate) type Result<T> = std::result::Result<T, Error>;

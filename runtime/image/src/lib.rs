@@ -6,15 +6,22 @@
 //! talks to a network and never changes an image's own files.
 #![forbid(unsafe_code)]
 
+mod archive;
+mod blob;
+mod compression;
 mod config;
 mod digest;
 mod error;
+mod layer;
+mod layout;
 mod limits;
 mod overlay;
 mod reference;
 mod remove;
 mod root;
+mod source;
 mod store;
+mod tarball;
 mod users;
 
 pub use config::{DEFAULT_PATH, Healthcheck, ImageConfig};

@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Dir, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
 };
 
 use crate::error::{Error, Result};
-use crate::root::descriptor_path;
+use crate::root::{descriptor_path, group, owner};
 use crate::store::Image;
 
 /// Longest text the kernel takes as one parameter of fsconfig(2), bytes.
@@ -45,6 +45,12 @@ impl RootFs {
             upper,
             work,
         };
+        layers.dress_upper().map_err(|errno| Error::Mount {
+            action: "prepare the directory for changes",
+            target: target.to_owned(),
+            hint: String::new(),
+            source: errno.into(),
+        })?;
         let mounted = match layers.mount_by_parameters(target, read_only) {
             // The first kernel with `lowerdir+` is 6.8; others call it an invalid parameter.
             Err(Errno::INVAL | Errno::NOSYS) => layers.mount_by_options(target, read_only),
@@ -98,6 +104,23 @@ struct Layers<'a> {
 }
 
 impl Layers<'_> {
+    /// Gives an upper directory that is still empty the looks of the image's root, since overlayfs shows the upper one's.
+    fn dress_upper(&self) -> rustix::io::Result<()> {
+        let Some(top) = self.lower.first() else {
+            return Ok(());
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let upper = rustix::fs::open(self.upper, flags, Mode::empty())?;
+        for entry in Dir::read_from(&upper)? {
+            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+                return Ok(());
+            }
+        }
+        let look = rustix::fs::stat(top)?;
+        rustix::fs::fchown(&upper, owner(look.st_uid), group(look.st_gid))?;
+        rustix::fs::fchmod(&upper, Mode::from_raw_mode(look.st_mode & 0o7777))
+    }
+
     /// One parameter for each directory: no separator to escape, no total length to exceed.
     fn mount_by_parameters(&self, target: &Path, read_only: bool) -> rustix::io::Result<()> {
         let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
