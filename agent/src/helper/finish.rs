@@ -1,0 +1,315 @@
+//! The last steps of a container's process, run by libcontainer inside the container: stdio's owner, working directory,
+//! identity, capabilities and the search for the program before it is reported ready; limits, seccomp and execve(2) once
+//! it is started. `spec` says why libcontainer does not do these itself.
+
+use std::cell::OnceCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::Path;
+
+use caps::{CapSet, Capability, CapsHashSet};
+use libcontainer::capabilities::CapabilityExt;
+use libcontainer::oci_spec::runtime::{Capabilities, Spec};
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::stat::fstat;
+use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
+
+use super::lookup;
+use crate::report::{Failure, FailureKind, Report};
+use crate::sys;
+use crate::workload::Workload;
+
+/// Most of a container's /etc/passwd that is read for a home directory, bytes.
+const MAX_PASSWD: u64 = 1 << 20;
+
+/// Kept until execve(2), which takes them away by itself: raising limits needs the one, loading a seccomp filter
+/// without no_new_privs the other. Neither lets the process execute a file its user may not.
+const KEPT: [Capability; 2] = [Capability::CAP_SYS_RESOURCE, Capability::CAP_SYS_ADMIN];
+
+/// The steps for one process. libcontainer clones it into the process it makes and calls it there.
+#[derive(Clone)]
+pub struct Finish {
+    workload: Workload,
+    /// The report's pipe, under the number it has in the helper and everything forked from it.
+    report: RawFd,
+    program: OnceCell<CString>,
+}
+
+impl Finish {
+    pub fn new(workload: Workload, report: BorrowedFd<'_>) -> Self {
+        Self {
+            workload,
+            report: report.as_raw_fd(),
+            program: OnceCell::new(),
+        }
+    }
+
+    fn fail(&self, failure: Failure) -> String {
+        // SAFETY: the helper's `main` owns this descriptor for as long as the process runs libcontainer, and a fork
+        // inherits it; libcontainer marks it close-on-exec but leaves it open.
+        let report = unsafe { BorrowedFd::borrow_raw(self.report) };
+        let message = failure.message.clone();
+        super::send(report, &Report::Failed(failure));
+        message
+    }
+
+    fn prepare(&self) -> Result<CString, Failure> {
+        let w = &self.workload;
+        if w.new_network {
+            sys::loopback_up().map_err(|e| internal("bringing up the loopback interface", e))?;
+        }
+        own_stdio(w.uid);
+        if let Some((columns, rows)) = w.window {
+            sys::set_window(io::stdin().as_fd(), columns, rows)
+                .map_err(|e| internal("setting the terminal's size", e))?;
+        }
+        let entered = enter(&w.cwd, w.make_cwd);
+        become_user(w)?;
+        // A directory root may not enter (a network file system's) may be the user's own.
+        entered
+            .or_else(|_| chdir(&w.cwd))
+            .map_err(|errno| Failure {
+                kind: FailureKind::Invalid,
+                message: format!("working directory {}: {}", w.cwd.display(), errno.desc()),
+            })?;
+        inside_root()?;
+        lookup::program(&w.args[0], &w.env)
+    }
+
+    fn execute(&self) -> Failure {
+        match self.try_execute() {
+            Ok(never) => match never {},
+            Err(failure) => failure,
+        }
+    }
+
+    fn try_execute(&self) -> Result<std::convert::Infallible, Failure> {
+        let w = &self.workload;
+        let program = match self.program.get() {
+            Some(program) => program.clone(),
+            None => lookup::program(&w.args[0], &w.env)?,
+        };
+        let mut env = w.env.clone();
+        if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+            env.push(format!("HOME={}", home(w.uid)));
+        }
+        let (args, env) = (c_strings(&w.args)?, c_strings(&env)?);
+
+        for limit in &w.rlimits {
+            sys::set_rlimit(limit).map_err(|error| Failure {
+                kind: FailureKind::Invalid,
+                message: format!(
+                    "setting {:?} to {}:{}: {error}",
+                    limit.typ(),
+                    limit.soft(),
+                    limit.hard()
+                ),
+            })?;
+        }
+        sys::reset_signals().map_err(|e| internal("resetting signals", e))?;
+        if let Some(filter) = &w.seccomp {
+            // Last, so that the filter has to allow nothing but execve(2).
+            libcontainer::seccomp::initialize_seccomp(filter).map_err(|error| Failure {
+                kind: FailureKind::Internal,
+                message: format!(
+                    "loading the seccomp filter: {}",
+                    crate::error::chain(&error)
+                ),
+            })?;
+        }
+        execve(&program, &args, &env).map_err(|errno| lookup::explain(&w.args[0], errno))
+    }
+}
+
+impl Executor for Finish {
+    fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
+        match self.prepare() {
+            Ok(program) => {
+                // Set once: libcontainer validates once.
+                let _ = self.program.set(program);
+                Ok(())
+            }
+            Err(failure) => Err(ExecutorValidationError::ArgValidationError(
+                self.fail(failure),
+            )),
+        }
+    }
+
+    fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // execve(2) gets the environment; the process's own is nobody's.
+        Ok(())
+    }
+
+    fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
+        Err(ExecutorError::Other(self.fail(self.execute())))
+    }
+}
+
+fn internal(doing: &str, error: impl std::error::Error) -> Failure {
+    Failure {
+        kind: FailureKind::Internal,
+        message: format!("{doing}: {error}"),
+    }
+}
+
+fn c_strings(texts: &[String]) -> Result<Vec<CString>, Failure> {
+    texts
+        .iter()
+        .map(|text| CString::new(text.as_bytes()))
+        .collect::<Result<_, _>>()
+        .map_err(|error| Failure {
+            kind: FailureKind::Invalid,
+            message: format!("an argument or environment entry: {error}"),
+        })
+}
+
+/// Makes pipes and terminal the user's, so that opening /dev/stdout or /dev/tty again works. A stream that cannot
+/// change hands (a file on a read-only file system) stays usable as it is.
+fn own_stdio(uid: u32) {
+    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+        let Ok(status) = fstat(stream) else { continue };
+        let null = nix::sys::stat::makedev(1, 3);
+        if status.st_uid != uid && status.st_rdev != null {
+            let _ = fchown(stream, Some(Uid::from_raw(uid)), None);
+        }
+    }
+}
+
+fn enter(directory: &Path, make: bool) -> Result<(), Errno> {
+    match chdir(directory) {
+        Err(Errno::ENOENT) if make => {
+            fs::create_dir_all(directory)
+                .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+            chdir(directory)
+        }
+        result => result,
+    }
+}
+
+/// A working directory that was reached through a descriptor of the outside has no path in here (CVE-2024-21626).
+fn inside_root() -> Result<(), Failure> {
+    match getcwd() {
+        Ok(path) if path.is_absolute() => Ok(()),
+        Ok(_) | Err(Errno::ENOENT) => Err(Failure {
+            kind: FailureKind::Invalid,
+            message: "the working directory is outside the container".into(),
+        }),
+        Err(errno) => Err(internal("reading the working directory", errno)),
+    }
+}
+
+fn become_user(w: &Workload) -> Result<(), Failure> {
+    let wanted = |set: &Option<Capabilities>| -> CapsHashSet {
+        set.iter().flatten().map(CapabilityExt::to_cap).collect()
+    };
+    let c = &w.capabilities;
+    let apply = || -> Result<(), caps::errors::CapsError> {
+        let bounding = wanted(c.bounding());
+        for capability in caps::read(None, CapSet::Bounding)?.difference(&bounding) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+        Ok(())
+    };
+    apply().map_err(|e| internal("dropping bounding capabilities", e))?;
+
+    let groups: Vec<Gid> = w.groups.iter().copied().map(Gid::from_raw).collect();
+    let (uid, gid) = (Uid::from_raw(w.uid), Gid::from_raw(w.gid));
+    let switch = || {
+        prctl::set_keepcaps(true)?;
+        setgroups(&groups)?;
+        setresgid(gid, gid, gid)?;
+        setresuid(uid, uid, uid)?;
+        prctl::set_keepcaps(false)
+    };
+    switch().map_err(|errno| Failure {
+        kind: FailureKind::Invalid,
+        message: format!("becoming user {}:{}: {}", w.uid, w.gid, errno.desc()),
+    })?;
+
+    let own = |set: &Option<Capabilities>| {
+        let mut set = wanted(set);
+        set.extend(KEPT);
+        set
+    };
+    let apply = || -> Result<(), caps::errors::CapsError> {
+        caps::set(None, CapSet::Inheritable, &wanted(c.inheritable()))?;
+        caps::set(None, CapSet::Effective, &own(c.effective()))?;
+        caps::set(None, CapSet::Permitted, &own(c.permitted()))?;
+        caps::clear(None, CapSet::Ambient)?;
+        // The kernel refuses an ambient capability that is not also permitted and inheritable; like runc, give the rest.
+        let possible = &wanted(c.permitted()) & &wanted(c.inheritable());
+        for capability in wanted(c.ambient()).intersection(&possible) {
+            caps::raise(None, CapSet::Ambient, *capability)?;
+        }
+        Ok(())
+    };
+    apply().map_err(|error| Failure {
+        kind: FailureKind::Invalid,
+        message: format!("setting capabilities: {error}"),
+    })
+}
+
+/// The user's home directory by the container's /etc/passwd, `/` when it has none.
+fn home(uid: u32) -> String {
+    let lines = File::open("/etc/passwd")
+        .map(|file| BufReader::new(file.take(MAX_PASSWD)).lines())
+        .into_iter()
+        .flatten()
+        .map_while(Result::ok);
+    home_in(lines, uid).unwrap_or_else(|| "/".into())
+}
+
+fn home_in(mut lines: impl Iterator<Item = String>, uid: u32) -> Option<String> {
+    lines.find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.nth(2)?.parse() == Ok(uid)).then_some(())?;
+        let home = fields.nth(2)?;
+        (!home.is_empty() && !home.contains('\0')).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(passwd: &str, uid: u32) -> Option<String> {
+        home_in(passwd.lines().map(str::to_owned), uid)
+    }
+
+    #[test]
+    fn a_home_directory_is_read_from_passwd() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/var/www:/bin/false\n";
+        assert_eq!(find(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(find(passwd, 33).as_deref(), Some("/var/www"));
+        assert_eq!(find(passwd, 34), None);
+    }
+
+    #[test]
+    fn broken_lines_of_passwd_are_passed_over() {
+        let passwd =
+            "\n:::\nx:y\nbad:x:notanumber:0::/bad:\nshort:x:5\nempty:x:6:6:::\nok:x:5:5::/ok:\n";
+        assert_eq!(find(passwd, 5).as_deref(), Some("/ok"));
+        assert_eq!(find(passwd, 6), None);
+    }
+
+    #[test]
+    fn a_working_directory_is_made_only_when_asked() {
+        let tree = tempfile::tempdir().unwrap();
+        let before = getcwd().unwrap();
+        let path = tree.path().join("a/b");
+        assert_eq!(enter(&path, false), Err(Errno::ENOENT));
+        assert_eq!(enter(&path, true), Ok(()));
+        chdir(&before).unwrap();
+        assert!(path.is_dir());
+        fs::write(tree.path().join("file"), "").unwrap();
+        assert_eq!(enter(&tree.path().join("file"), true), Err(Errno::ENOTDIR));
+    }
+}

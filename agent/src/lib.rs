@@ -1,0 +1,28 @@
+//! The agent: PID 1 of a cloison guest. It serves the host's calls (`cloison-agent-api`), makes containers with
+//! libcontainer in a helper process of its own, moves their stdio to and from the host, and reaps. It trusts the host
+//! and nothing in a container.
+
+pub mod boot;
+mod cgroup;
+pub mod connect;
+mod container;
+mod dirs;
+mod error;
+pub mod helper;
+mod ids;
+mod process;
+mod pump;
+mod reaper;
+mod report;
+pub mod server;
+mod service;
+mod spawn;
+mod spec;
+mod stdio;
+mod sys;
+mod workload;
+
+pub use container::Shared;
+pub use error::chain;
+pub use reaper::Reaper;
+pub use service::Service;

@@ -1,0 +1,209 @@
+//! Moves bytes between a process and its streams to the host. Pipes are spliced: the agent never sees what goes through
+//! them. Every direction ends by itself: at the end of its source, when its sink refuses, or when it is dropped.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::unistd::{read, write};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use crate::sys;
+
+/// Most bytes moved by one splice(2): a whole pipe.
+const SPLICE: usize = 1 << 20;
+
+/// Buffer of each direction of a terminal, bytes. A terminal's own buffer holds 4 KiB (n_tty).
+const TERMINAL_BUFFER: usize = 16 << 10;
+
+/// Tells an output pump that its process has ended, and tells others that the pump has sent all the process wrote.
+pub struct Ending {
+    /// Becomes true when the process has ended.
+    pub exited: watch::Receiver<bool>,
+    /// Set when everything written before that has been handed to the stream. Dropped with the pump.
+    pub drained: watch::Sender<bool>,
+}
+
+impl Ending {
+    /// To be called when the source has nothing to read; `exited` is looked at before that is known.
+    fn note(&self, exited: bool) {
+        if exited {
+            self.drained.send_replace(true);
+        }
+    }
+}
+
+/// Moves the host's bytes into a process's standard input, until either side wants no more.
+pub async fn input(socket: OwnedFd, pipe: OwnedFd) -> io::Result<()> {
+    let socket = sys::register(socket, Interest::READABLE)?;
+    let pipe = sys::register(pipe, Interest::WRITABLE | Interest::ERROR)?;
+    loop {
+        match splice_once(socket.get_ref(), pipe.get_ref()) {
+            // The end of input; closing the pipe passes it on.
+            Ok(0) => return Ok(()),
+            Ok(_) => tokio::task::coop::consume_budget().await,
+            Err(Errno::EAGAIN) => tokio::select! {
+                result = both(&socket, &pipe) => result?,
+                // Every reader is gone: nobody will read what still comes.
+                result = pipe.ready(Interest::ERROR) => {
+                    result?.retain_ready();
+                    return Ok(());
+                }
+            },
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Moves what a process writes into a pipe to the host, until every writer is gone or the host wants no more.
+pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Result<()> {
+    let pipe = sys::register(pipe, Interest::READABLE)?;
+    let socket = sys::register(socket, Interest::WRITABLE)?;
+    let mut exited = ending.exited.clone();
+    loop {
+        let over = *exited.borrow_and_update();
+        match splice_once(pipe.get_ref(), socket.get_ref()) {
+            Ok(0) => return Ok(()),
+            Ok(_) => tokio::task::coop::consume_budget().await,
+            Err(Errno::EAGAIN) => {
+                if !is_ready(&pipe, PollFlags::POLLIN)? {
+                    ending.note(over);
+                }
+                tokio::select! {
+                    result = both(&pipe, &socket) => result?,
+                    Ok(()) = exited.changed() => {}
+                }
+            }
+            Err(Errno::EINTR) => {}
+            // EPIPE: the host reads no more. Closing the pipe tells the writer.
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Moves bytes both ways between a terminal and one stream, until no process has the terminal open or the host
+/// reads no more. The end of the host's input is no end for a terminal.
+pub async fn terminal(
+    terminal: Arc<AsyncFd<OwnedFd>>,
+    socket: OwnedFd,
+    ending: Ending,
+) -> io::Result<()> {
+    let socket = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
+    let output = terminal_output(&terminal, &socket, ending);
+    let input = async {
+        // Input that fails is over; the output decides how long the terminal lives.
+        let _ = terminal_input(&socket, &terminal).await;
+        std::future::pending::<()>().await;
+    };
+    let result = tokio::select! {
+        result = output => result,
+        () = input => Ok(()),
+    };
+    // What was sent stays in order before the end of the stream.
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
+    result
+}
+
+/// Reads a terminal that has no stream, so that its processes neither stall nor are hung up.
+pub async fn discard(terminal: Arc<AsyncFd<OwnedFd>>) -> io::Result<()> {
+    let mut buffer = vec![0; TERMINAL_BUFFER];
+    loop {
+        let read = |terminal: &OwnedFd| Ok(read(terminal, &mut buffer)?);
+        if terminal.async_io(Interest::READABLE, read).await? == 0 {
+            return Ok(());
+        }
+    }
+}
+
+async fn terminal_output(
+    terminal: &AsyncFd<OwnedFd>,
+    socket: &AsyncFd<OwnedFd>,
+    ending: Ending,
+) -> io::Result<()> {
+    let mut buffer = vec![0; TERMINAL_BUFFER];
+    let mut exited = ending.exited.clone();
+    loop {
+        let over = *exited.borrow_and_update();
+        match read(terminal.get_ref(), &mut buffer) {
+            // EIO: no process has the other side open.
+            Ok(0) | Err(Errno::EIO) => return Ok(()),
+            Ok(count) => {
+                let mut rest = &buffer[..count];
+                while !rest.is_empty() {
+                    let sent = socket
+                        .async_io(Interest::WRITABLE, |socket| {
+                            Ok(send(socket.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL)?)
+                        })
+                        .await?;
+                    rest = &rest[sent..];
+                }
+            }
+            Err(Errno::EAGAIN) => {
+                ending.note(over);
+                tokio::select! {
+                    result = until(terminal, Interest::READABLE, PollFlags::POLLIN) => result?,
+                    Ok(()) = exited.changed() => {}
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+async fn terminal_input(socket: &AsyncFd<OwnedFd>, terminal: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut buffer = vec![0; TERMINAL_BUFFER];
+    loop {
+        let count = socket
+            .async_io(Interest::READABLE, |socket| {
+                Ok(recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?)
+            })
+            .await?;
+        if count == 0 {
+            return Ok(());
+        }
+        let mut rest = &buffer[..count];
+        while !rest.is_empty() {
+            let written = terminal
+                .async_io(Interest::WRITABLE, |terminal| Ok(write(terminal, rest)?))
+                .await?;
+            rest = &rest[written..];
+        }
+    }
+}
+
+fn splice_once(from: &OwnedFd, to: &OwnedFd) -> nix::Result<usize> {
+    let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+    splice(from, None, to, None, SPLICE, flags)
+}
+
+/// After EAGAIN from a splice: waits until both sides are ready. splice(2) does not say which one was not.
+async fn both(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    until(from, Interest::READABLE, PollFlags::POLLIN).await?;
+    until(to, Interest::WRITABLE, PollFlags::POLLOUT).await
+}
+
+/// Waits until the kernel says that a descriptor is ready. What tokio remembers may be out of date, because splice(2)
+/// goes past it.
+async fn until(fd: &AsyncFd<OwnedFd>, interest: Interest, flags: PollFlags) -> io::Result<()> {
+    loop {
+        let mut remembered = fd.ready(interest).await?;
+        if is_ready(fd, flags)? {
+            remembered.retain_ready();
+            return Ok(());
+        }
+        remembered.clear_ready();
+    }
+}
+
+fn is_ready(fd: &AsyncFd<OwnedFd>, flags: PollFlags) -> io::Result<bool> {
+    let mut set = [PollFd::new(fd.get_ref().as_fd(), flags)];
+    Ok(poll(&mut set, PollTimeout::ZERO)? > 0)
+}

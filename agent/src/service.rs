@@ -1,0 +1,376 @@
+//! The agent's service: the containers it knows, and each call translated into what a container does. A call that
+//! changes something runs to its end even if its connection is lost meanwhile.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{fs, io};
+
+use async_trait::async_trait;
+use cloison_agent_api::PROTOCOL;
+use cloison_agent_api::agent::Status as StatusMessage;
+use cloison_agent_api::agent::{
+    ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
+    DeleteContainerRequest, Empty, ExecRequest, HelloRequest, HelloResponse, ListProcessesResponse,
+    ProcessRequest, ProcessResponse, ResizeTtyRequest, SignalRequest, Stdio, TtySize,
+    UpdateContainerRequest, WaitResponse,
+};
+use cloison_agent_api::agent_ttrpc::Agent;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::container::{Container, Shared, Status};
+use crate::error::{Doing, Error, Result};
+use crate::ids::{ContainerId, ExecId, ProcessId};
+use crate::spec;
+use crate::stdio::Ports;
+
+/// Most containers of one guest.
+const MAX_CONTAINERS: usize = 1024;
+
+type Containers = HashMap<ContainerId, Arc<Container>>;
+
+/// The service. Cheap to clone; every clone is the same service.
+#[derive(Clone)]
+pub struct Service {
+    shared: Arc<Shared>,
+    containers: Arc<Mutex<Containers>>,
+    over: Arc<AtomicBool>,
+}
+
+impl Service {
+    pub fn new(shared: Shared) -> Self {
+        Self {
+            shared: Arc::new(shared),
+            containers: Arc::default(),
+            over: Arc::default(),
+        }
+    }
+
+    /// True once the guest has been shut down.
+    pub fn over(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.over)
+    }
+
+    fn containers(&self) -> MutexGuard<'_, Containers> {
+        // Nothing panics with the lock held, and it is never held across an await.
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let id = container_id(id)?;
+        let container = self.containers().get(&id).cloned();
+        container.ok_or(Error::NoContainer(id))
+    }
+
+    fn add(&self, id: &ContainerId, container: &Arc<Container>) -> Result<()> {
+        let mut containers = self.containers();
+        if containers.contains_key(id) {
+            return Err(Error::ContainerExists(id.clone()));
+        }
+        if containers.len() >= MAX_CONTAINERS {
+            return Err(Error::TooMany("containers"));
+        }
+        let path = container.cgroup_path();
+        if containers.values().any(|other| other.cgroup_path() == path) {
+            return Err(Error::Invalid {
+                what: "spec",
+                why: format!("another container uses cgroup {}", path.display()),
+            });
+        }
+        containers.insert(id.clone(), Arc::clone(container));
+        Ok(())
+    }
+
+    async fn create(self, request: CreateContainerRequest) -> Result<ProcessResponse> {
+        let id = container_id(&request.container_id)?;
+        let window = window(request.tty_size.as_ref())?;
+        let spec = spec::container(&id, &request.spec, window)?;
+        let container = Arc::new(Container::new(id.clone(), &spec, Arc::clone(&self.shared)));
+        self.add(&id, &container)?;
+        let created = container.create(spec, ports(request.stdio.as_ref())).await;
+        if created.is_err() {
+            self.containers().remove(&id);
+        }
+        created.map(process_response)
+    }
+
+    async fn exec_process(self, request: ExecRequest) -> Result<ProcessResponse> {
+        let container = self.container(&request.container_id)?;
+        let exec = ExecId::parse(&request.exec_id).map_err(|source| Error::Id {
+            what: "exec",
+            id: request.exec_id.clone(),
+            source,
+        })?;
+        let window = window(request.tty_size.as_ref())?;
+        let ports = ports(request.stdio.as_ref());
+        container
+            .exec(exec, &request.process, ports, window)
+            .await
+            .map(process_response)
+    }
+
+    async fn delete(self, request: DeleteContainerRequest) -> Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        let container = self.container(id.as_str())?;
+        container.delete(request.force).await?;
+        self.containers().remove(&id);
+        Ok(Empty::new())
+    }
+
+    async fn end(self) -> Result<Empty> {
+        let all: Vec<_> = self.containers().values().cloned().collect();
+        for container in &all {
+            container.kill().await?;
+        }
+        // Writing back may take as long as the disks and the host need.
+        let synced = tokio::task::spawn_blocking(nix::unistd::sync).await;
+        synced
+            .map_err(io::Error::other)
+            .doing(|| "writing the file systems back".into())?;
+        self.over.store(true, Ordering::Release);
+        Ok(Empty::new())
+    }
+}
+
+/// Runs a call to its end whatever happens to its connection.
+async fn whole<T: Send + 'static>(
+    call: impl Future<Output = Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let ended = tokio::spawn(call).await;
+    let result = ended
+        .map_err(io::Error::other)
+        .doing(|| "running the call".into());
+    Ok(result.flatten()?)
+}
+
+fn container_id(text: &str) -> Result<ContainerId> {
+    ContainerId::parse(text).map_err(|source| Error::Id {
+        what: "container",
+        id: text.to_owned(),
+        source,
+    })
+}
+
+fn process_id(text: &str) -> Result<ProcessId> {
+    ProcessId::parse(text).map_err(|source| Error::Id {
+        what: "exec",
+        id: text.to_owned(),
+        source,
+    })
+}
+
+fn ports(stdio: Option<&Stdio>) -> Ports {
+    stdio.map_or(Ports::default(), |stdio| Ports {
+        stdin: stdio.stdin,
+        stdout: stdio.stdout,
+        stderr: stdio.stderr,
+    })
+}
+
+/// A terminal's size, if one was given. The kernel counts in 16 bits.
+fn window(size: Option<&TtySize>) -> Result<Option<(u16, u16)>> {
+    let Some(size) = size.filter(|size| size.columns != 0 || size.rows != 0) else {
+        return Ok(None);
+    };
+    match (u16::try_from(size.columns), u16::try_from(size.rows)) {
+        (Ok(columns), Ok(rows)) => Ok(Some((columns, rows))),
+        _ => Err(Error::Invalid {
+            what: "terminal size",
+            why: format!("{} by {} characters", size.columns, size.rows),
+        }),
+    }
+}
+
+fn process_response(pid: nix::unistd::Pid) -> ProcessResponse {
+    let mut response = ProcessResponse::new();
+    response.pid = pid.as_raw().cast_unsigned();
+    response
+}
+
+fn hello(request: &HelloRequest) -> Result<HelloResponse> {
+    if request.protocol != PROTOCOL {
+        return Err(Error::Protocol {
+            ours: PROTOCOL,
+            theirs: request.protocol,
+        });
+    }
+    if request.realtime_ns != 0 {
+        let time = TimeSpec::from_duration(Duration::from_nanos(request.realtime_ns));
+        clock_settime(ClockId::CLOCK_REALTIME, time).doing(|| "setting the clock".into())?;
+    }
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease");
+    let kernel = kernel.doing(|| "reading the kernel's release".into())?;
+    let memory = nix::sys::sysinfo::sysinfo().doing(|| "reading the size of memory".into())?;
+    let mut response = HelloResponse::new();
+    response.protocol = PROTOCOL;
+    response.version = env!("CARGO_PKG_VERSION").to_owned();
+    response.kernel = kernel.trim_end().to_owned();
+    response.memory_bytes = memory.ram_total();
+    Ok(response)
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        Ok(hello(&request)?)
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<ProcessResponse> {
+        whole(self.clone().create(request)).await
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        whole(async move { container.start().await.map(|()| Empty::new()) }).await
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        whole(self.clone().delete(request)).await
+    }
+
+    async fn container_state(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStateResponse> {
+        let container = self.container(&request.container_id)?;
+        let mut response = ContainerStateResponse::new();
+        response.status = match container.status() {
+            Status::Creating => StatusMessage::CREATING,
+            Status::Created => StatusMessage::CREATED,
+            Status::Running => StatusMessage::RUNNING,
+            Status::Paused => StatusMessage::PAUSED,
+            Status::Stopped => StatusMessage::STOPPED,
+        }
+        .into();
+        response.pid = container
+            .init()
+            .map_or(0, |init| init.pid().as_raw().cast_unsigned());
+        Ok(response)
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        whole(async move { container.pause().await.map(|()| Empty::new()) }).await
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        whole(async move { container.resume().await.map(|()| Empty::new()) }).await
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        whole(async move {
+            container
+                .update(&request.resources)
+                .await
+                .map(|()| Empty::new())
+        })
+        .await
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        let usage = self.container(&request.container_id)?.usage();
+        let mut response = ContainerStatsResponse::new();
+        response.cpu_usage_ns = usage.cpu_ns;
+        response.cpu_user_ns = usage.cpu_user_ns;
+        response.cpu_system_ns = usage.cpu_system_ns;
+        response.memory_usage_bytes = usage.memory_bytes;
+        response.memory_limit_bytes = usage.memory_limit_bytes;
+        response.memory_inactive_file_bytes = usage.memory_inactive_file_bytes;
+        response.pids = usage.pids;
+        response.oom_kills = usage.oom_kills;
+        Ok(response)
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let mut response = ListProcessesResponse::new();
+        response.pids = self.container(&request.container_id)?.processes()?;
+        Ok(response)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessResponse> {
+        whole(self.clone().exec_process(request)).await
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.container_id)?;
+        if request.all {
+            container.signal_all(request.signal)?;
+        } else {
+            container
+                .process(&process_id(&request.exec_id)?)?
+                .signal(request.signal)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let container = self.container(&request.container_id)?;
+        let process = container.process(&process_id(&request.exec_id)?)?;
+        drop(container);
+        let outcome = process.wait().await?;
+        let mut response = WaitResponse::new();
+        response.exit_code = outcome.exit.code;
+        response.signal = outcome.exit.signal;
+        response.oom_killed = outcome.oom_killed;
+        response.exited_at_ns = outcome.exit.at_ns;
+        Ok(response)
+    }
+
+    async fn resize_tty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let process = self
+            .container(&request.container_id)?
+            .process(&process_id(&request.exec_id)?)?;
+        if let Some((columns, rows)) = window(request.size.as_ref())? {
+            process.resize(columns, rows)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        whole(self.clone().end()).await
+    }
+}

@@ -1,0 +1,357 @@
+//! From the spec the host sends to what libcontainer gets and what the agent's helper does itself. Everything that the
+//! guest cannot do is refused here, with the reason, before anything is made.
+//!
+//! libcontainer is asked for everything up to the process's identity: namespaces, cgroup, mounts, devices, masked paths,
+//! sysctls, terminal. User, capabilities, rlimits, working directory and seccomp are taken out of the spec and done by
+//! `helper::finish`, because libcontainer 0.7
+//! - drops the seccomp filter of every exec (its tenant builder keeps the namespaces only),
+//! - cannot load the filter for `noNewPrivileges: false` (it loads it after the capabilities are gone), and for
+//!   `null` loads it so early that the filter must allow all of libcontainer's own system calls,
+//! - treats missing capabilities as all instead of none,
+//! - sets rlimits before its own set-up, which then runs under them,
+//! - needs the working directory to exist,
+//! - leaves stdio and terminal owned by root,
+//! - looks names up through the C library, which in a static program loads the container's own NSS modules.
+
+use std::path::{Component, Path, PathBuf};
+
+use libcontainer::oci_spec::runtime::{
+    LinuxCapabilities, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, PosixRlimit, Process, Spec, User,
+};
+
+use crate::dirs;
+use crate::error::{Error, Result};
+use crate::ids::ContainerId;
+use crate::workload::Workload;
+
+/// What an exec takes from its container when its own process says nothing, as runc does.
+#[derive(Debug, Clone)]
+pub struct Defaults {
+    capabilities: LinuxCapabilities,
+    rlimits: Vec<PosixRlimit>,
+    no_new_privileges: Option<bool>,
+    oom_score_adj: Option<i32>,
+    apparmor_profile: Option<String>,
+    seccomp: Option<LinuxSeccomp>,
+}
+
+/// A container's spec, checked and split.
+#[derive(Debug)]
+pub struct ContainerSpec {
+    /// For libcontainer, as JSON.
+    pub config: Vec<u8>,
+    pub workload: Workload,
+    pub terminal: bool,
+    /// Absolute path within the cgroup hierarchy, never its root.
+    pub cgroup: PathBuf,
+    /// Device rules, which every later update must repeat: libcontainer replaces them all.
+    pub devices: Option<Vec<LinuxDeviceCgroup>>,
+    pub defaults: Defaults,
+}
+
+/// An exec's process, checked and split.
+#[derive(Debug)]
+pub struct ExecSpec {
+    /// For libcontainer, as JSON.
+    pub process: Vec<u8>,
+    pub workload: Workload,
+    pub terminal: bool,
+}
+
+fn invalid(why: impl Into<String>) -> Error {
+    Error::Invalid {
+        what: "spec",
+        why: why.into(),
+    }
+}
+
+/// Reads the spec of a container to be created.
+pub fn container(
+    id: &ContainerId,
+    json: &[u8],
+    window: Option<(u16, u16)>,
+) -> Result<ContainerSpec> {
+    let mut spec: Spec = serde_json::from_slice(json)
+        .map_err(|error| invalid(format!("not an OCI spec: {error}")))?;
+    refuse_host_hooks(&spec)?;
+    if spec.root().is_none() {
+        return Err(invalid("root is missing"));
+    }
+    let process = spec
+        .process()
+        .clone()
+        .ok_or_else(|| invalid("process is missing"))?;
+    let mut linux = spec
+        .linux()
+        .clone()
+        .ok_or_else(|| invalid("linux is missing"))?;
+
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &mut namespaces {
+        if namespace
+            .path()
+            .as_ref()
+            .is_some_and(|path| path.as_os_str().is_empty())
+        {
+            namespace.set_path(None);
+        }
+    }
+    let has = |kind| namespaces.iter().any(|n| n.typ() == kind);
+    if !has(LinuxNamespaceType::Mount) {
+        return Err(invalid(
+            "linux.namespaces has no mount namespace: its mounts would be made in the agent's",
+        ));
+    }
+    let new_network = namespaces
+        .iter()
+        .any(|n| n.typ() == LinuxNamespaceType::Network && n.path().is_none());
+    linux.set_namespaces(Some(namespaces));
+
+    let seccomp = linux.seccomp().clone();
+    if let Some(seccomp) = &seccomp {
+        refuse_notification(seccomp)?;
+    }
+    linux.set_seccomp(None);
+
+    let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
+    linux.set_cgroups_path(Some(cgroup.clone()));
+    if let Some(resources) = linux.resources_mut() {
+        adapt_resources(resources)?;
+    }
+    let devices = linux.resources().as_ref().and_then(|r| r.devices().clone());
+
+    let defaults = Defaults {
+        capabilities: process
+            .capabilities()
+            .clone()
+            .unwrap_or_else(no_capabilities),
+        rlimits: process.rlimits().clone().unwrap_or_default(),
+        no_new_privileges: process.no_new_privileges(),
+        oom_score_adj: process.oom_score_adj(),
+        apparmor_profile: process.apparmor_profile().clone(),
+        seccomp,
+    };
+    let (process, mut workload) = split(process, &defaults, window)?;
+    workload.make_cwd = true;
+    workload.new_network = new_network;
+    let terminal = process.terminal().unwrap_or(false);
+    spec.set_process(Some(process)).set_linux(Some(linux));
+    Ok(ContainerSpec {
+        config: encode(&spec)?,
+        workload,
+        terminal,
+        cgroup,
+        devices,
+        defaults,
+    })
+}
+
+/// Reads the process of an exec.
+pub fn exec(json: &[u8], defaults: &Defaults, window: Option<(u16, u16)>) -> Result<ExecSpec> {
+    let process: Process = serde_json::from_slice(json).map_err(|error| Error::Invalid {
+        what: "process",
+        why: format!("not an OCI process: {error}"),
+    })?;
+    let (process, workload) = split(process, defaults, window)?;
+    Ok(ExecSpec {
+        process: encode(&process)?,
+        workload,
+        terminal: process.terminal().unwrap_or(false),
+    })
+}
+
+/// Reads the resources of an update; `devices` are the container's rules.
+pub fn resources(json: &[u8], devices: Option<&[LinuxDeviceCgroup]>) -> Result<LinuxResources> {
+    let mut resources: LinuxResources =
+        serde_json::from_slice(json).map_err(|error| Error::Invalid {
+            what: "resources",
+            why: format!("not OCI resources: {error}"),
+        })?;
+    if resources.devices().as_ref().is_none_or(Vec::is_empty) {
+        resources.set_devices(devices.map(<[_]>::to_vec));
+    }
+    adapt_resources(&mut resources)?;
+    Ok(resources)
+}
+
+fn encode(value: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| invalid(error.to_string()))
+}
+
+fn no_capabilities() -> LinuxCapabilities {
+    let mut none = LinuxCapabilities::default();
+    none.set_bounding(None)
+        .set_effective(None)
+        .set_inheritable(None)
+        .set_permitted(None)
+        .set_ambient(None);
+    none
+}
+
+/// Takes from the process what `helper::finish` does, and leaves libcontainer a root process at `/` that can do all.
+fn split(
+    mut process: Process,
+    defaults: &Defaults,
+    window: Option<(u16, u16)>,
+) -> Result<(Process, Workload)> {
+    let args = process.args().clone().unwrap_or_default();
+    if args.first().is_none_or(String::is_empty) {
+        return Err(invalid("process.args is empty"));
+    }
+    let mut env = process.env().clone().unwrap_or_default();
+    if let Some(entry) = env.iter().find(|e| e.find('=').is_none_or(|at| at == 0)) {
+        return Err(invalid(format!("process.env: {entry:?} is not NAME=value")));
+    }
+    if args.iter().chain(&env).any(|text| text.contains('\0')) {
+        return Err(invalid("process.args or process.env contains a NUL byte"));
+    }
+    let mut cwd = process.cwd().clone();
+    if cwd.as_os_str().is_empty() {
+        cwd = PathBuf::from("/");
+    }
+    if !cwd.is_absolute() {
+        return Err(invalid(format!("process.cwd {cwd:?} is not absolute")));
+    }
+    let user = process.user().clone();
+    let workload = Workload {
+        args,
+        env: env.clone(),
+        cwd,
+        make_cwd: false,
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: user.additional_gids().clone().unwrap_or_default(),
+        capabilities: process
+            .capabilities()
+            .clone()
+            .unwrap_or_else(|| defaults.capabilities.clone()),
+        rlimits: match process.rlimits() {
+            Some(rlimits) if !rlimits.is_empty() => rlimits.clone(),
+            _ => defaults.rlimits.clone(),
+        },
+        seccomp: defaults.seccomp.clone(),
+        window,
+        new_network: false,
+    };
+
+    let mut root = User::default();
+    root.set_uid(0).set_gid(0).set_umask(user.umask());
+    // With HOME set libcontainer has no reason to ask the C library for root's.
+    if !env.iter().any(|e| e.starts_with("HOME=")) {
+        env.push("HOME=/".into());
+    }
+    let no_new_privileges = process.no_new_privileges().or(defaults.no_new_privileges);
+    let oom_score_adj = process.oom_score_adj().or(defaults.oom_score_adj);
+    let apparmor = process
+        .apparmor_profile()
+        .clone()
+        .or_else(|| defaults.apparmor_profile.clone())
+        .filter(|profile| !profile.is_empty());
+    process
+        .set_user(root)
+        .set_env(Some(env))
+        .set_cwd(PathBuf::from("/"))
+        .set_capabilities(None)
+        .set_rlimits(None)
+        .set_no_new_privileges(no_new_privileges.filter(|set| *set))
+        .set_oom_score_adj(oom_score_adj)
+        .set_apparmor_profile(apparmor);
+    Ok((process, workload))
+}
+
+/// Hooks of the runtime's namespace are the host's to run: their paths mean files there.
+fn refuse_host_hooks(spec: &Spec) -> Result<()> {
+    let Some(hooks) = spec.hooks() else {
+        return Ok(());
+    };
+    #[allow(deprecated)]
+    let host = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    match host
+        .iter()
+        .find(|(_, list)| list.as_ref().is_some_and(|l| !l.is_empty()))
+    {
+        Some((name, _)) => Err(invalid(format!("hooks.{name} must be run by the host"))),
+        None => Ok(()),
+    }
+}
+
+/// A listener's socket would be the host's; nothing carries the descriptor there.
+fn refuse_notification(seccomp: &LinuxSeccomp) -> Result<()> {
+    let notify = |action| action == LinuxSeccompAction::ScmpActNotify;
+    let mut syscalls = seccomp.syscalls().iter().flatten();
+    if notify(seccomp.default_action()) || syscalls.any(|s| notify(s.action())) {
+        return Err(invalid(
+            "linux.seccomp: SCMP_ACT_NOTIFY is not supported in a VM",
+        ));
+    }
+    Ok(())
+}
+
+fn cgroup_path(id: &ContainerId, path: Option<&Path>) -> Result<PathBuf> {
+    let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else {
+        return Ok(Path::new(dirs::DEFAULT_CGROUP).join(id.as_str()));
+    };
+    let mut absolute = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(name) => absolute.push(name),
+            Component::ParentDir | Component::Prefix(_) => {
+                return Err(invalid(format!(
+                    "linux.cgroupsPath {path:?} contains \"..\""
+                )));
+            }
+        }
+    }
+    if absolute.parent().is_none() {
+        return Err(invalid(
+            "linux.cgroupsPath is the root, where the agent itself lives",
+        ));
+    }
+    Ok(absolute)
+}
+
+/// Makes resources fit cgroup v2 and a guest without swap, and refuses what neither can do.
+fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(Error::Invalid {
+            what: "resources",
+            why: format!("{why} is not supported with cgroup v2"),
+        })
+    };
+    if resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|limits| !limits.is_empty())
+    {
+        return refuse("rdma");
+    }
+    let Some(mut memory) = *resources.memory() else {
+        return Ok(());
+    };
+    if memory.disable_oom_killer() == Some(true) {
+        return refuse("memory.disableOOMKiller");
+    }
+    // The guest has no swap, so memory.swap.max does not exist; libcontainer would fail to write it, for a limit of -1
+    // ("no limit") as well.
+    memory.set_swap(None);
+    if memory.limit() == Some(-1) {
+        memory.set_limit(None);
+        let mut unified = resources.unified().clone().unwrap_or_default();
+        unified
+            .entry("memory.max".into())
+            .or_insert_with(|| "max".into());
+        resources.set_unified(Some(unified));
+    }
+    resources.set_memory(Some(memory));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

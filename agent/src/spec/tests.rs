@@ -1,0 +1,254 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn id() -> ContainerId {
+    ContainerId::parse("c1").unwrap()
+}
+
+fn minimal() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": {"uid": 1000, "gid": 100, "additionalGids": [5, 6], "umask": 18},
+            "args": ["sh", "-c", "true"],
+            "env": ["PATH=/bin", "A=b=c"],
+            "cwd": "/srv",
+        },
+        "root": {"path": "/run/cloison/shared/rootfs"},
+        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}]},
+    })
+}
+
+fn parse(spec: &Value) -> Result<ContainerSpec> {
+    container(&id(), spec.to_string().as_bytes(), None)
+}
+
+fn with(pointer: &str, key: &str, value: Value) -> Value {
+    let mut spec = minimal();
+    spec.pointer_mut(pointer).unwrap()[key] = value;
+    spec
+}
+
+#[track_caller]
+fn refused(spec: &Value, because: &str) {
+    match parse(spec) {
+        Err(Error::Invalid { why, .. }) => assert!(why.contains(because), "{why}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn identity_goes_to_the_workload_and_libcontainer_gets_root() {
+    let parsed = parse(&minimal()).unwrap();
+    assert_eq!((parsed.workload.uid, parsed.workload.gid), (1000, 100));
+    assert_eq!(parsed.workload.groups, [5, 6]);
+    assert_eq!(parsed.workload.cwd, Path::new("/srv"));
+    assert_eq!(parsed.workload.env, ["PATH=/bin", "A=b=c"]);
+    assert!(parsed.workload.make_cwd);
+    assert_eq!(parsed.cgroup, Path::new("/cloison/c1"));
+
+    let config: Spec = serde_json::from_slice(&parsed.config).unwrap();
+    let process = config.process().as_ref().unwrap();
+    assert_eq!(process.user().uid(), 0);
+    assert_eq!(process.user().umask(), Some(18));
+    assert_eq!(process.user().additional_gids(), &None);
+    assert_eq!(process.capabilities(), &None);
+    assert_eq!(process.cwd(), Path::new("/"));
+}
+
+#[test]
+fn missing_capabilities_mean_none() {
+    let parsed = parse(&minimal()).unwrap();
+    assert_eq!(parsed.workload.capabilities, no_capabilities());
+}
+
+#[test]
+fn no_new_privileges_reaches_libcontainer_only_when_true() {
+    for (given, expected) in [(true, Some(true)), (false, None)] {
+        let parsed = parse(&with("/process", "noNewPrivileges", json!(given))).unwrap();
+        let config: Spec = serde_json::from_slice(&parsed.config).unwrap();
+        assert_eq!(
+            config.process().as_ref().unwrap().no_new_privileges(),
+            expected
+        );
+    }
+}
+
+#[test]
+fn an_exec_inherits_what_it_does_not_say() {
+    let mut spec = minimal();
+    spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}]);
+    spec["process"]["capabilities"] = json!({"bounding": ["CAP_KILL"]});
+    spec["process"]["noNewPrivileges"] = json!(true);
+    spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+    let defaults = parse(&spec).unwrap().defaults;
+
+    let process = json!({"user": {"uid": 7, "gid": 7}, "args": ["id"], "cwd": "/"});
+    let parsed = exec(process.to_string().as_bytes(), &defaults, Some((80, 24))).unwrap();
+    assert_eq!(parsed.workload.uid, 7);
+    assert_eq!(parsed.workload.rlimits.len(), 1);
+    assert_eq!(parsed.workload.window, Some((80, 24)));
+    assert!(parsed.workload.capabilities.bounding().is_some());
+    assert!(parsed.workload.seccomp.is_some());
+    assert!(!parsed.workload.make_cwd);
+    let process: Process = serde_json::from_slice(&parsed.process).unwrap();
+    assert_eq!(process.no_new_privileges(), Some(true));
+}
+
+#[test]
+fn a_spec_without_its_parts_is_refused() {
+    refused(&json!({"ociVersion": "1.0.2"}), "root is missing");
+    for part in ["process", "root", "linux"] {
+        let mut spec = minimal();
+        spec.as_object_mut().unwrap().remove(part);
+        refused(&spec, &format!("{part} is missing"));
+    }
+}
+
+#[test]
+fn bytes_that_are_no_spec_are_refused() {
+    for bytes in [
+        &b""[..],
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"{\"ociVersion\":1}",
+    ] {
+        assert!(matches!(
+            container(&id(), bytes, None),
+            Err(Error::Invalid { .. })
+        ));
+        let defaults = parse(&minimal()).unwrap().defaults;
+        assert!(matches!(
+            exec(bytes, &defaults, None),
+            Err(Error::Invalid { .. })
+        ));
+    }
+}
+
+#[test]
+fn a_process_that_cannot_be_executed_is_refused() {
+    refused(&with("/process", "args", json!([])), "args is empty");
+    refused(&with("/process", "args", json!([""])), "args is empty");
+    refused(&with("/process", "args", json!(["a\0b"])), "NUL");
+    refused(&with("/process", "env", json!(["A=\0"])), "NUL");
+    refused(&with("/process", "env", json!(["NOVALUE"])), "NAME=value");
+    refused(&with("/process", "env", json!(["=x"])), "NAME=value");
+    refused(
+        &with("/process", "cwd", json!("relative/path")),
+        "not absolute",
+    );
+}
+
+#[test]
+fn an_empty_working_directory_is_the_root() {
+    let parsed = parse(&with("/process", "cwd", json!(""))).unwrap();
+    assert_eq!(parsed.workload.cwd, Path::new("/"));
+}
+
+#[test]
+fn a_spec_that_would_mount_into_the_agents_namespace_is_refused() {
+    refused(
+        &with("/linux", "namespaces", json!([{"type": "pid"}])),
+        "mount namespace",
+    );
+}
+
+#[test]
+fn an_empty_namespace_path_means_a_new_namespace() {
+    let spaces = json!([{"type": "mount", "path": ""}, {"type": "network", "path": ""}]);
+    let parsed = parse(&with("/linux", "namespaces", spaces)).unwrap();
+    assert!(parsed.workload.new_network);
+    let config: Spec = serde_json::from_slice(&parsed.config).unwrap();
+    let linux = config.linux().as_ref().unwrap();
+    assert!(
+        linux
+            .namespaces()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .all(|n| n.path().is_none())
+    );
+}
+
+#[test]
+fn cgroup_paths_stay_below_the_hierarchys_root() {
+    for (given, expected) in [
+        ("", "/cloison/c1"),
+        ("/docker/abc", "/docker/abc"),
+        ("kubepods/x", "/kubepods/x"),
+        ("//a/./b", "/a/b"),
+        ("system.slice:docker:abc", "/system.slice:docker:abc"),
+    ] {
+        let parsed = parse(&with("/linux", "cgroupsPath", json!(given))).unwrap();
+        assert_eq!(parsed.cgroup, Path::new(expected));
+    }
+    for path in ["/", ".", "//"] {
+        refused(&with("/linux", "cgroupsPath", json!(path)), "root");
+    }
+    for path in ["..", "/a/../../b"] {
+        refused(&with("/linux", "cgroupsPath", json!(path)), "..");
+    }
+}
+
+#[test]
+fn hooks_of_the_host_are_refused_and_the_containers_are_kept() {
+    for name in ["prestart", "createRuntime", "poststart", "poststop"] {
+        let mut spec = minimal();
+        spec["hooks"] = json!({name: [{"path": "/bin/true"}]});
+        refused(&spec, name);
+        spec["hooks"] = json!({name: []});
+        assert!(parse(&spec).is_ok());
+    }
+    let mut spec = minimal();
+    spec["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
+    assert!(parse(&spec).is_ok());
+}
+
+#[test]
+fn seccomp_notification_is_refused() {
+    let by_default = json!({"defaultAction": "SCMP_ACT_NOTIFY"});
+    refused(&with("/linux", "seccomp", by_default), "SCMP_ACT_NOTIFY");
+    let by_rule = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+    });
+    refused(&with("/linux", "seccomp", by_rule), "SCMP_ACT_NOTIFY");
+}
+
+#[test]
+fn swap_limits_are_dropped_in_a_guest_without_swap() {
+    let json = br#"{"memory": {"limit": 1048576, "swap": 2097152}}"#;
+    let parsed = resources(json, None).unwrap();
+    let memory = parsed.memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap()), (Some(1_048_576), None));
+}
+
+#[test]
+fn a_memory_limit_of_minus_one_means_none() {
+    let parsed = resources(br#"{"memory": {"limit": -1, "swap": -1}}"#, None).unwrap();
+    assert_eq!(parsed.memory().unwrap().limit(), None);
+    assert_eq!(parsed.unified().as_ref().unwrap()["memory.max"], "max");
+}
+
+#[test]
+fn an_update_keeps_the_containers_device_rules() {
+    let rules = resources(br#"{"devices": [{"allow": true, "access": "rwm"}]}"#, None).unwrap();
+    let rules = rules.devices().clone().unwrap();
+    let updated = resources(br#"{"pids": {"limit": 5}}"#, Some(&rules)).unwrap();
+    assert_eq!(updated.devices().as_ref(), Some(&rules));
+}
+
+#[test]
+fn resources_that_cgroup_v2_cannot_give_are_refused() {
+    for json in [
+        &br#"{"memory": {"disableOOMKiller": true}}"#[..],
+        br#"{"rdma": {"mlx5_1": {"hcaHandles": 3}}}"#,
+        br#"{"memory": 5}"#,
+        b"",
+    ] {
+        assert!(matches!(resources(json, None), Err(Error::Invalid { .. })));
+    }
+}

@@ -1,0 +1,182 @@
+//! The few system calls no safe wrapper exists for. Each function takes and gives owned or borrowed descriptors and
+//! checked values; nothing here decides anything.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libcontainer::oci_spec::runtime::PosixRlimit;
+use nix::cmsg_space;
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socket,
+};
+use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Options of a vsock socket (linux/vm_sockets.h), which libc lacks.
+const SO_VM_SOCKETS_BUFFER_SIZE: libc::c_int = 0;
+const SO_VM_SOCKETS_BUFFER_MAX_SIZE: libc::c_int = 2;
+
+/// Lets tokio watch a descriptor. Must be called within a tokio runtime.
+pub fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open, names one file description and gives the same number until it is dropped, which
+    // AsyncFd, its only owner from here on, does after it has stopped watching.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, interest) }?)
+}
+
+/// Brings the loopback interface of the caller's network namespace up.
+pub fn loopback_up() -> io::Result<()> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives and is filled in; the descriptor is open.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    check(result)
+}
+
+/// Sets a terminal's size in characters, on either of its sides.
+pub fn set_window(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize, which lives; the descriptor is borrowed, so it is open.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })
+}
+
+/// Sets one limit of the calling process.
+pub fn set_rlimit(limit: &PosixRlimit) -> io::Result<()> {
+    let value = libc::rlimit {
+        rlim_cur: limit.soft(),
+        rlim_max: limit.hard(),
+    };
+    // SAFETY: setrlimit reads one rlimit, which lives; an unknown resource number is refused by the kernel.
+    check(unsafe { libc::setrlimit(limit.typ() as libc::__rlimit_resource_t, &raw const value) })
+}
+
+/// Gives every signal its default action and blocks none. For a process about to execute a program that must not
+/// inherit what this one ignores (the Rust runtime ignores SIGPIPE).
+pub fn reset_signals() -> io::Result<()> {
+    for number in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: the default action runs no code of this process.
+        unsafe { signal(number, SigHandler::SigDfl) }?;
+    }
+    SigSet::empty().thread_set_mask()?;
+    Ok(())
+}
+
+/// Sends a signal by its number: nix knows no real-time signals.
+pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
+    // SAFETY: kill(2) takes two integers and touches no memory.
+    check(unsafe { libc::kill(pid.as_raw(), signal) })
+}
+
+/// Receives the one descriptor a peer sends over a connected Unix socket.
+pub fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut byte = [0; 64];
+    let mut iov = [io::IoSliceMut::new(&mut byte)];
+    let mut space = cmsg_space!(RawFd);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(descriptors) = control
+            && let [descriptor] = descriptors[..]
+        {
+            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
+            return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the message carries no descriptor",
+    ))
+}
+
+/// Takes over a descriptor this process inherited under a number it was told.
+///
+/// # Safety
+/// The number must be one the parent opened for this process, taken over once.
+pub unsafe fn inherited(number: RawFd) -> OwnedFd {
+    // SAFETY: the caller's promise: the descriptor is open and has no other owner.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Sets how much a connected vsock socket takes from its peer before it is read, bytes.
+pub fn set_vsock_buffer(socket: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
+    // The maximum first: the size is cut to it.
+    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        // SAFETY: both options read one u64, which lives; the descriptor is borrowed, so it is open.
+        check(unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::AF_VSOCK,
+                option,
+                (&raw const bytes).cast(),
+                size_of::<u64>() as libc::socklen_t,
+            )
+        })?;
+    }
+    Ok(())
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{ControlMessage, sendmsg};
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_arrives_and_works() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let descriptors = [far.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&descriptors)];
+        let iov = [io::IoSlice::new(b"x")];
+        sendmsg::<()>(theirs.as_raw_fd(), &iov, &control, MsgFlags::empty(), None).unwrap();
+        drop(far);
+        let received = receive_descriptor(ours.as_fd()).unwrap();
+        near.write_all(b"hello").unwrap();
+        let mut text = [0; 5];
+        UnixStream::from(received).read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"hello");
+    }
+
+    #[test]
+    fn a_message_without_a_descriptor_is_an_error() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"x").unwrap();
+        assert_eq!(
+            receive_descriptor(ours.as_fd()).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
+    }
+
+    #[test]
+    fn a_pipe_has_no_window() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert!(set_window(ours.as_fd(), 80, 24).is_err());
+    }
+}
