@@ -182,7 +182,7 @@ mod tests {
         let bad: [&[u8]; 12] = [
             b"x",
             b"9 path=x",
-            b"10 path=x\n",
+            b"11 path=x\n",
             b"8 path=x\n",
             b"0 \n",
             b" path=x\n",
