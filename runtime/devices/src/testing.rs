@@ -101,6 +101,8 @@ struct Ring {
     avail: u64,
     used: u64,
     avail_idx: u16,
+    /// What `avail_idx` was when the device was last notified.
+    kicked_idx: u16,
     used_idx: u16,
     free: Vec<u16>,
     in_flight: HashMap<u16, Vec<u16>>,
@@ -146,6 +148,7 @@ impl Guest {
                 avail,
                 used,
                 avail_idx: 0,
+                kicked_idx: 0,
                 used_idx: 0,
                 free: (0..size).rev().collect(),
                 in_flight: HashMap::new(),
@@ -370,19 +373,23 @@ impl Guest {
     /// # Errors
     /// The device's own.
     pub fn kick(&mut self, device: &mut dyn Device, index: usize) -> Result<QueueMask, Broken> {
+        if let Some(ring) = self.rings.get_mut(index) {
+            ring.kicked_idx = ring.avail_idx;
+        }
         self.with_context(|ctx| device.queue_event(ctx, index))
     }
 
-    /// Whether the driver must notify the device of what it has just made available in queue `index` (as it stands in
-    /// the used ring: `avail_event` when EVENT_IDX is on, else the flags).
+    /// Whether the driver must notify the device of what it has made available in queue `index` since it last did: by
+    /// `avail_event` when EVENT_IDX is on (virtio 1.3 §2.7.10), else by the used ring's flags.
     pub fn must_kick(&self, index: usize) -> bool {
         let ring = &self.rings[index];
         let word = |addr| u16::from_le_bytes(self.read(addr, 2).try_into().expect("two bytes"));
         if self.queues[index].event_idx_enabled() {
             let event = word(ring.used + 4 + 8 * u64::from(ring.size));
-            ring.avail_idx.wrapping_sub(event) as i16 > 0
+            let behind = ring.avail_idx.wrapping_sub(event).wrapping_sub(1);
+            behind < ring.avail_idx.wrapping_sub(ring.kicked_idx)
         } else {
-            word(ring.used) & 1 == 0
+            ring.avail_idx != ring.kicked_idx && word(ring.used) & 1 == 0
         }
     }
 

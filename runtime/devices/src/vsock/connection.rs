@@ -148,34 +148,43 @@ impl Connection {
     }
 
     fn next_open(&mut self, room: &mut Segments<'_>) -> Option<Header> {
+        // Ends go first: data may never run out. That of our sending is only due once there is none left.
+        if let Some(header) = self.shutdown_packet() {
+            return Some(header);
+        }
         let credit = self.to_guest.available();
         if self.source_ready() && credit == 0 && !self.asked_credit {
             self.asked_credit = true;
             return Some(self.header(Op::CreditRequest));
         }
-        if self.source_ready()
-            && credit > 0
-            && room.len() > 0
-            && let Some(count) = self.read_source(room, credit)
-        {
-            self.to_guest.send(count);
-            return Some(Header {
-                len: count,
-                ..self.header(Op::Rw)
-            });
-        }
-        let shutdown = self.untold_shutdown();
-        if shutdown != Shutdown::NONE {
-            self.told_shutdown.insert(shutdown);
-            return Some(Header {
-                flags: shutdown.flags(),
-                ..self.header(Op::Shutdown)
-            });
+        if self.source_ready() && credit > 0 && room.len() > 0 {
+            if let Some(count) = self.read_source(room, credit) {
+                self.to_guest.send(count);
+                return Some(Header {
+                    len: count,
+                    ..self.header(Op::Rw)
+                });
+            }
+            if let Some(header) = self.shutdown_packet() {
+                return Some(header);
+            }
         }
         if self.owes_credit || self.from_guest.wants_update() {
             return Some(self.header(Op::CreditUpdate));
         }
         None
+    }
+
+    fn shutdown_packet(&mut self) -> Option<Header> {
+        let shutdown = self.untold_shutdown();
+        if shutdown == Shutdown::NONE {
+            return None;
+        }
+        self.told_shutdown.insert(shutdown);
+        Some(Header {
+            flags: shutdown.flags(),
+            ..self.header(Op::Shutdown)
+        })
     }
 
     /// Reads at most `credit` bytes into `room`; answers how many, at least one, if there were any.

@@ -347,6 +347,17 @@ impl Vsock {
     }
 }
 
+#[cfg(test)]
+impl Vsock {
+    pub(super) fn stream_count(&self) -> usize {
+        self.streams.len()
+    }
+
+    pub(super) fn owes_packets(&self) -> bool {
+        self.streams.has_turn() || !self.refusals.is_empty()
+    }
+}
+
 impl Device for Vsock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_VSOCK
