@@ -1,0 +1,251 @@
+//! A host of a test's own: directories that no other test uses, commands that use them, and, at the end, the proof that nothing
+//! is left behind.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Kernel log and messages of a failed command say more than its status.
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn variable(name: &str) -> PathBuf {
+    std::env::var_os(name)
+        .unwrap_or_else(|| panic!("{name} is not set: run the end-to-end tests through tests/all"))
+        .into()
+}
+
+/// The engine under test.
+pub fn engine() -> String {
+    variable("CLOISON_ENGINE").to_str().unwrap().to_owned()
+}
+
+/// An image made by `tests/images`, as a reference.
+pub fn image(name: &str) -> String {
+    format!(
+        "oci:{}",
+        variable("CLOISON_TEST_IMAGES").join(name).display()
+    )
+}
+
+/// The image that most tests use.
+pub fn busybox() -> String {
+    image("busybox")
+}
+
+/// The directory of the built product.
+pub fn dist() -> PathBuf {
+    variable("CLOISON_DIST")
+}
+
+/// A host of a test's own. Dropping it checks that nothing is left.
+pub struct Host {
+    dir: TempDir,
+    data: PathBuf,
+}
+
+impl Host {
+    /// Run directory of its own; unpacked images are shared with the other tests.
+    pub fn new() -> Self {
+        let dir = TempDir::with_prefix("cloison-e2e-").unwrap();
+        let data = variable("CLOISON_TEST_DATA");
+        Self { dir, data }
+    }
+
+    /// Nothing shared.
+    pub fn with_own_data() -> Self {
+        let mut host = Self::new();
+        host.data = host.dir.path().join("data");
+        host
+    }
+
+    /// A place for the test's own files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes a file and names it.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.path("run")
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        &self.data
+    }
+
+    /// `cloison` with this host's directories.
+    pub fn command(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+        let mut command = Command::new(dist().join("cloison"));
+        command
+            .args(args)
+            .env("CLOISON_RUN_DIR", self.run_dir())
+            .env("CLOISON_DATA_DIR", &self.data)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `cloison` to its end.
+    pub fn cloison(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Runs `cloison run --rm OPTIONS busybox COMMAND`, both as words.
+    pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
+        let image = busybox();
+        let args = ["run", "--rm"].iter().chain(options).copied();
+        self.cloison(args.chain([image.as_str()]).chain(command.iter().copied()))
+    }
+
+    /// As [`Host::run`], and gives what the container wrote to stdout; it must succeed.
+    pub fn stdout(&self, options: &[&str], command: &[&str]) -> String {
+        succeed(&self.run(options, command))
+    }
+
+    /// A container whose output is the output of a shell command.
+    pub fn shell(&self, options: &[&str], script: &str) -> String {
+        self.stdout(options, &["sh", "-c", script])
+    }
+
+    /// Starts a detached container and gives its ID.
+    pub fn detached(&self, options: &[&str], command: &[&str]) -> String {
+        let image = busybox();
+        let args = ["run", "-d"].iter().chain(options).copied();
+        let output = self.cloison(args.chain([image.as_str()]).chain(command.iter().copied()));
+        succeed(&output).trim().to_owned()
+    }
+
+    /// Starts `cloison` without waiting for it.
+    pub fn spawn(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Child {
+        let mut command = self.command(args);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    /// What `cloison inspect` says of a container.
+    pub fn inspect(&self, container: &str) -> Value {
+        let output = self.cloison(["inspect", container]);
+        let objects: Value = serde_json::from_str(&succeed(&output)).unwrap();
+        objects[0].clone()
+    }
+
+    /// Every process that has this host's directory in its command line, its working directory or its mounts' names.
+    pub fn processes(&self) -> Vec<(i32, String)> {
+        let needle = self.dir.path().to_str().unwrap();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<i32>().ok())
+            else {
+                continue;
+            };
+            let command = text(&fs::read(entry.path().join("cmdline")).unwrap_or_default())
+                .replace('\0', " ");
+            let directory = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            if pid != i32::try_from(std::process::id()).unwrap()
+                && (command.contains(needle) || directory.starts_with(needle))
+            {
+                found.push((pid, command));
+            }
+        }
+        found
+    }
+
+    /// Names in one of this host's directories; none when the directory does not exist.
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// Containers with a directory on this host.
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut left = Self::names(&self.run_dir().join("sandboxes"));
+        left.extend(Self::names(&self.run_dir().join("names")));
+        for container in Self::names(&self.data.join("containers")) {
+            let owner = fs::read_link(
+                self.data
+                    .join("containers")
+                    .join(&container)
+                    .join("sandbox"),
+            );
+            if owner.is_ok_and(|owner| owner.starts_with(self.dir.path())) {
+                left.push(container);
+            }
+        }
+        left
+    }
+
+    /// Fails when anything of this host's containers is left.
+    pub fn assert_clean(&self) {
+        assert_eq!(
+            self.leftovers(),
+            Vec::<String>::new(),
+            "directories are left"
+        );
+        assert_eq!(self.processes(), Vec::new(), "processes are left");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let needle = self.run_dir();
+        let mounts: Vec<&str> = mounts
+            .lines()
+            .filter(|line| line.contains(needle.to_str().unwrap()))
+            .collect();
+        assert!(mounts.is_empty(), "mounts are left: {mounts:?}");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.cloison(["prune", "-f"]);
+            for id in self.leftovers() {
+                let _ = self.cloison(["rm", "-f", &id]);
+            }
+        } else {
+            self.assert_clean();
+        }
+    }
+}
+
+/// What a command wrote to stdout; it must have succeeded.
+pub fn succeed(output: &Output) -> String {
+    assert!(
+        output.status.success(),
+        "it failed with {}\nstdout: {}\nstderr: {}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Checks that a command failed with `status` and said each of `words` on stderr, and nothing on stdout.
+pub fn fail(output: &Output, status: i32, words: &[&str]) {
+    let stderr = text(&output.stderr);
+    assert_eq!(
+        output.status.code(),
+        Some(status),
+        "stdout: {}\nstderr: {stderr}",
+        text(&output.stdout)
+    );
+    for word in words {
+        assert!(stderr.contains(word), "{word:?} is not in: {stderr}");
+    }
+    assert_eq!(text(&output.stdout), "");
+}

@@ -1,0 +1,27 @@
+//! End-to-end tests: each drives the installed program as a person or a script would and looks at what they would see. They are
+//! written once and run on every engine.
+//!
+//! `CLOISON_DIST` is the directory of the built product, `CLOISON_TEST_IMAGES` that of the images made by `tests/images`, and
+//! `CLOISON_TEST_DATA` a data directory they share, and `CLOISON_ENGINE` the engine (see `tests/all`).
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod host;
+mod pty;
+
+mod bad_input;
+mod debian;
+mod detached;
+mod exec;
+mod faults;
+mod isolation;
+mod limits;
+mod mounts;
+mod process;
+mod signals;
+mod stdio;
+mod stress;
+mod terminal;
