@@ -28,6 +28,8 @@ pub struct Container {
     id: Id,
 }
 
+/// In a container's data directory, the link to its sandbox's directory. Without a target, the container is gone.
+pub const SANDBOX_LINK: &str = "sandbox";
 /// How long a monitor may take to go after its VM has ended, milliseconds.
 const MONITOR_PATIENCE_MS: u16 = 10_000;
 
@@ -63,7 +65,7 @@ impl Container {
         };
         let made = (|| {
             container.save(record)?;
-            create_dir(&container.data_dir())?;
+            container.create_data_dir()?;
             // The name comes last: whoever finds one finds a record behind it.
             container.claim(&record.name)
         })();
@@ -75,6 +77,14 @@ impl Container {
                 Err(error)
             }
         }
+    }
+
+    /// Makes the data directory, with a link that says which run directory its container belongs to: several may share a data
+    /// directory.
+    fn create_data_dir(&self) -> Result<()> {
+        create_dir(&self.data_dir())?;
+        let link = self.data_dir().join(SANDBOX_LINK);
+        std::os::unix::fs::symlink(self.sandbox_dir(), &link).with_context(|| format!("cannot create the link {}", link.display()))
     }
 
     fn claim(&self, name: &Name) -> Result<()> {

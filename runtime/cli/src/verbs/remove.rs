@@ -5,10 +5,10 @@ use std::io::{self, Write};
 
 use anyhow::{Context, Result, bail};
 use cloison_image::Store;
-use cloison_sandbox::{Home, Id};
+use cloison_sandbox::Home;
 
 use crate::args::{Prune, Rm};
-use crate::container::{Life, all};
+use crate::container::{Life, SANDBOX_LINK, all};
 use crate::verbs::each;
 
 /// Removes each container.
@@ -75,12 +75,9 @@ fn prune_orphans(home: &Home) -> Result<()> {
     };
     for entry in entries {
         let entry = entry.with_context(|| format!("cannot list {}", dir.display()))?;
-        let id = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<Id>().ok());
         // The sandbox's directory is made before this one and removed after it.
-        if id.is_some_and(|id| !home.sandbox(&id).exists()) {
+        let link = entry.path().join(SANDBOX_LINK);
+        if link.is_symlink() && !link.exists() {
             cloison_image::remove_tree(&entry.path())
                 .with_context(|| format!("cannot remove {}", entry.path().display()))?;
         }
