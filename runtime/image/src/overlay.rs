@@ -188,9 +188,7 @@ impl Layers<'_> {
 
     fn hint(&self, errno: Errno) -> String {
         match errno {
-            Errno::LOOP => {
-                "; the container's directories may not lie inside the image's".to_owned()
-            }
+            Errno::LOOP => "; the image may not lie inside the container's directories".to_owned(),
             Errno::NODEV => "; this kernel has no overlayfs".to_owned(),
             Errno::PERM => "; this needs root".to_owned(),
             Errno::TOOBIG => format!(
