@@ -2,19 +2,20 @@
 //! with where files are, so that it can find them again.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use fuse_backend_rs::api::filesystem::{Entry, OpenOptions};
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, Statx, StatxFlags, linkat, makedev, mkdirat,
-    mknodat, openat, renameat_with, statx, symlinkat, unlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, makedev, mkdirat, mknodat, openat,
+    renameat_with, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use super::file::{PLACE, kind, stat_at, stat_fd};
 use super::handles::HandleId;
 use super::identity::{Creator, Umask, Unprivileged};
-use super::inodes::{NodeId, PLACE, kind, stat_fd};
+use super::inodes::NodeId;
 use super::names::Name;
 use super::tree::{Tree, open_flags};
 
@@ -124,7 +125,7 @@ impl Tree {
         let flags = open_flags(flags)?;
         let dir = self.inodes.dir(parent)?;
         // With O_EXCL no link is followed and nothing that exists is opened.
-        let creation = flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let creation = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let created = by.run(|| openat(&dir, name.as_c_str(), creation, permissions(mode)));
         let (place, file) = match created {
             Ok(file) => {
@@ -134,10 +135,7 @@ impl Tree {
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) && !exclusive => {
                 let place = openat(&dir, name.as_c_str(), PLACE, Mode::empty())?;
                 let stat = stat_fd(&place)?;
-                let _unprivileged = match unprivileged {
-                    true => Unprivileged::new()?,
-                    false => None,
-                };
+                let _unprivileged = Unprivileged::when(unprivileged)?;
                 let file = self.reopen(&place, kind(&stat), flags)?;
                 (place, file)
             }
@@ -224,7 +222,7 @@ impl Tree {
     /// The known file that `name` in `dir` is. It gets a descriptor if it has none: once the name is gone it could not be
     /// found any more.
     fn hold(&mut self, dir: &OwnedFd, name: Name<'_>) -> Option<NodeId> {
-        let node = self.inodes.known(&stat_at(dir, name).ok()?)?;
+        let node = self.inodes.known(&stat_at(dir, name.as_c_str()).ok()?)?;
         // If it cannot be had, the guest's next use of the file fails with ESTALE, as if the host had removed it.
         let _ = self.inodes.get(node);
         Some(node)
@@ -239,11 +237,4 @@ impl Tree {
         }
         self.inodes.place(node, parent, name.as_c_str());
     }
-}
-
-/// What the host says about `name` in `dir`, a link not followed.
-fn stat_at(dir: impl AsFd, name: Name<'_>) -> io::Result<Statx> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-    Ok(statx(dir, name.as_c_str(), flags, mask)?)
 }

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry};
 use rustix::fs::{FileType, Mode, RawDir, SeekFrom, openat, seek};
 
+use super::file::PLACE;
 use super::handles::HandleId;
-use super::inodes::{NodeId, PLACE};
+use super::inodes::NodeId;
 use super::names::Name;
 use super::tree::Tree;
 

@@ -91,11 +91,14 @@ impl Drop for Umask {
 pub struct Unprivileged(CapabilitySets);
 
 impl Unprivileged {
-    /// Gives CAP_FSETID up; `None` when this thread does not have it.
+    /// Gives CAP_FSETID up if `asked` to; `None` also when this thread does not have it.
     ///
     /// # Errors
     /// Those of capset(2).
-    pub fn new() -> io::Result<Option<Self>> {
+    pub fn when(asked: bool) -> io::Result<Option<Self>> {
+        if !asked {
+            return Ok(None);
+        }
         let before = capabilities(None)?;
         if !before.effective.contains(CapabilitySet::FSETID) {
             return Ok(None);
@@ -151,9 +154,10 @@ mod tests {
     #[test]
     fn an_unprivileged_writer_gets_its_capability_back() {
         let before = now();
-        let guard = Unprivileged::new().unwrap().unwrap();
+        assert!(Unprivileged::when(false).unwrap().is_none());
+        let guard = Unprivileged::when(true).unwrap().unwrap();
         assert!(!now().2.effective.contains(CapabilitySet::FSETID));
-        assert!(Unprivileged::new().unwrap().is_none());
+        assert!(Unprivileged::when(true).unwrap().is_none());
         drop(guard);
         assert_eq!(now(), before);
     }

@@ -3,9 +3,11 @@
 //! much memory they may cost, is decided here. No name of more than one component is ever resolved on the host, and no
 //! host device, FIFO or socket is ever opened.
 
+mod attr;
 mod create;
 mod device;
 mod dir;
+mod file;
 mod handles;
 mod identity;
 mod inodes;

@@ -8,12 +8,13 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV, stat64};
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV, stat64, statvfs64,
+};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
-use nix::errno::Errno;
 use rustix::fs::AtFlags;
 
 use super::create::By;
@@ -59,11 +60,7 @@ impl Served {
     }
 }
 
-/// Drops the privilege that keeps setuid bits alive, if `asked` to.
-fn unprivileged(asked: bool) -> io::Result<Option<Unprivileged>> {
-    if asked { Unprivileged::new() } else { Ok(None) }
-}
-
+/// Who asks.
 fn by(ctx: &Context, umask: u32) -> By {
     By {
         uid: ctx.uid,
@@ -245,7 +242,7 @@ impl FileSystem for Served {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let _unprivileged = unprivileged(fuse_flags & WRITE_KILL_PRIV != 0)?;
+        let _unprivileged = Unprivileged::when(fuse_flags & WRITE_KILL_PRIV != 0)?;
         let mut tree = self.tree();
         let file = tree.file_to_write(node, handle, flags)?;
         from.read_to(file, size as usize, offset)
@@ -296,15 +293,8 @@ impl FileSystem for Served {
         self.tree().handles.remove(handle, node)
     }
 
-    fn statfs(&self, _ctx: &Context, node: NodeId) -> io::Result<libc::statvfs64> {
-        let (fd, _) = self.tree().inodes.get(node)?;
-        let mut out = std::mem::MaybeUninit::<libc::statvfs64>::zeroed();
-        // SAFETY: `out` is a statvfs64 for the kernel to fill, and `fd` is open until the end of this function.
-        let result =
-            unsafe { libc::fstatvfs64(std::os::fd::AsRawFd::as_raw_fd(&*fd), out.as_mut_ptr()) };
-        Errno::result(result)?;
-        // SAFETY: it was all zeroes, which every field may be, before the call succeeded in filling it.
-        Ok(unsafe { out.assume_init() })
+    fn statfs(&self, _ctx: &Context, node: NodeId) -> io::Result<statvfs64> {
+        self.tree().statfs(node)
     }
 
     fn setxattr(

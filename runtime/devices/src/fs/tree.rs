@@ -1,4 +1,4 @@
-//! The shared directory as the guest sees it: lookup, attributes, opening, and the content of files. Requests arrive one at
+//! The shared directory as the guest sees it: lookup, opening, and the content of files. Requests arrive one at
 //! a time; what they name (inodes, handles, names) is checked against what the guest has been given.
 
 use std::fs::File;
@@ -8,20 +8,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, Attr, stat64};
-use fuse_backend_rs::api::filesystem::{Entry, OpenOptions, SetattrValid};
+use fuse_backend_rs::abi::fuse_abi::ATTR_SUBMOUNT;
+use fuse_backend_rs::api::filesystem::{Entry, OpenOptions};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, FileType, Gid, Mode, OFlags, SeekFrom, Statx, Timespec,
-    Timestamps, Uid, chmodat, chownat, fallocate, fcntl_setfl, fdatasync, fsync, ftruncate, openat,
-    readlinkat, seek, utimensat,
+    CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Statx, fallocate, fcntl_setfl,
+    fdatasync, fsync, openat, readlinkat, seek,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use super::attr::attributes;
+use super::file::{FileId, PLACE, Version, kind, stat_fd};
 use super::handles::{HandleId, Handles, Open};
 use super::identity::Unprivileged;
-use super::inodes::{FileId, Inodes, NodeId, PLACE, Version, kind, stat_fd};
+use super::inodes::{Inodes, NodeId};
 use super::limits::{FsLimits, FsUsage};
 use super::names::Name;
 
@@ -145,97 +146,6 @@ impl Tree {
         }
     }
 
-    /// The attributes of `node`, by `handle` if the guest has it open.
-    ///
-    /// # Errors
-    /// Those of [`Inodes::get`], [`Handles::get`] and statx(2).
-    pub fn getattr(&mut self, node: NodeId, handle: Option<HandleId>) -> io::Result<stat64> {
-        let stat = match handle {
-            Some(handle) => stat_fd(self.handles.get(handle, node)?)?,
-            None => stat_fd(self.inodes.get(node)?.0)?,
-        };
-        self.inodes.identify(node, &stat);
-        Ok(attributes(&stat))
-    }
-
-    /// Changes the attributes of `node` that `valid` names to those in `new`; answers all of them.
-    ///
-    /// # Errors
-    /// Those of fchmodat(2), fchownat(2), ftruncate(2), utimensat(2).
-    pub fn setattr(
-        &mut self,
-        node: NodeId,
-        new: &stat64,
-        handle: Option<HandleId>,
-        valid: SetattrValid,
-    ) -> io::Result<stat64> {
-        let (fd, kind) = self.inodes.get(node)?;
-        if valid.contains(SetattrValid::MODE) {
-            let mode = Mode::from_raw_mode(new.st_mode & 0o7777);
-            chmodat(
-                &self.descriptors,
-                DecInt::from_fd(&fd),
-                mode,
-                AtFlags::empty(),
-            )?;
-        }
-        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
-            let uid = valid.contains(SetattrValid::UID).then_some(new.st_uid);
-            let gid = valid.contains(SetattrValid::GID).then_some(new.st_gid);
-            if uid == Some(u32::MAX) || gid == Some(u32::MAX) {
-                return Err(Errno::INVAL.into());
-            }
-            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-            chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
-        }
-        if valid.contains(SetattrValid::SIZE) {
-            let size = u64::try_from(new.st_size).map_err(|_| Errno::FBIG)?;
-            let _unprivileged = match valid.contains(SetattrValid::KILL_SUIDGID) {
-                true => Unprivileged::new()?,
-                false => None,
-            };
-            match handle {
-                Some(handle) => ftruncate(self.handles.file(handle, node)?.0, size)?,
-                None => ftruncate(self.reopen(&fd, kind, OFlags::WRONLY)?, size)?,
-            }
-        }
-        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
-            let time = |set, now, sec, nsec| -> io::Result<Timespec> {
-                let nsec = match (valid.contains(set), valid.contains(now)) {
-                    (false, _) => libc::UTIME_OMIT,
-                    (true, true) => libc::UTIME_NOW,
-                    (true, false) if (0..1_000_000_000).contains(&nsec) => nsec,
-                    (true, false) => return Err(Errno::INVAL.into()),
-                };
-                Ok(Timespec {
-                    tv_sec: sec,
-                    tv_nsec: nsec,
-                })
-            };
-            let times = Timestamps {
-                last_access: time(
-                    SetattrValid::ATIME,
-                    SetattrValid::ATIME_NOW,
-                    new.st_atime,
-                    new.st_atime_nsec,
-                )?,
-                last_modification: time(
-                    SetattrValid::MTIME,
-                    SetattrValid::MTIME_NOW,
-                    new.st_mtime,
-                    new.st_mtime_nsec,
-                )?,
-            };
-            utimensat(
-                &self.descriptors,
-                DecInt::from_fd(&fd),
-                &times,
-                AtFlags::empty(),
-            )?;
-        }
-        self.getattr(node, None)
-    }
-
     /// Where the symbolic link `node` points. The guest follows it; the host never does.
     ///
     /// # Errors
@@ -259,10 +169,7 @@ impl Tree {
         let flags = open_flags(flags)?;
         let (fd, kind) = self.inodes.get(node)?;
         let file = {
-            let _unprivileged = match unprivileged {
-                true => Unprivileged::new()?,
-                false => None,
-            };
+            let _unprivileged = Unprivileged::when(unprivileged)?;
             self.reopen(&fd, kind, flags)?
         };
         let stat = stat_fd(&file)?;
@@ -317,12 +224,13 @@ impl Tree {
         self.open_descriptor(fd, flags)
     }
 
-    /// Opens anew what the descriptor `fd` is. Its type must have been checked, unless `flags` has O_PATH.
+    /// Opens anew what the descriptor `fd` is. Its type must have been checked, unless `flags` has O_PATH. Nothing waits:
+    /// some regular files would have a reader wait (those of tracefs), and a lease has an opener do so.
     ///
     /// # Errors
     /// Those of openat(2).
     pub fn open_descriptor(&self, fd: impl AsFd, flags: OFlags) -> io::Result<OwnedFd> {
-        let flags = flags | OFlags::CLOEXEC;
+        let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(openat(
             &self.descriptors,
             DecInt::from_fd(&fd),
@@ -362,8 +270,8 @@ impl Tree {
         let (file, append) = self.handles.file(handle, node)?;
         if *append != wanted {
             let flags = match wanted {
-                true => OFlags::APPEND,
-                false => OFlags::empty(),
+                true => OFlags::APPEND | OFlags::NONBLOCK,
+                false => OFlags::NONBLOCK,
             };
             fcntl_setfl(&*file, flags)?;
             *append = wanted;
@@ -418,11 +326,11 @@ impl Tree {
     /// Those of fsync(2).
     pub fn fsync(&mut self, node: NodeId, handle: HandleId, data_only: bool) -> io::Result<()> {
         let open = self.handles.get(handle, node)?;
-        Ok(if data_only {
-            fdatasync(open)?
-        } else {
-            fsync(open)?
-        })
+        match data_only {
+            true => fdatasync(open)?,
+            false => fsync(open)?,
+        }
+        Ok(())
     }
 
     /// The guest has closed a file that it may have written: passed on to the host's file system, which may have an error to
@@ -446,28 +354,4 @@ pub fn open_flags(flags: u32) -> io::Result<OFlags> {
         OFlags::ACCMODE => Err(Errno::INVAL.into()),
         _ => Ok(flags),
     }
-}
-
-/// Attributes as fuse-backend-rs takes them.
-fn attributes(stat: &Statx) -> stat64 {
-    let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
-    stat64::from(Attr {
-        ino: stat.stx_ino,
-        size: stat.stx_size,
-        blocks: stat.stx_blocks,
-        atime: stat.stx_atime.tv_sec.cast_unsigned(),
-        mtime: stat.stx_mtime.tv_sec.cast_unsigned(),
-        ctime: stat.stx_ctime.tv_sec.cast_unsigned(),
-        atimensec: stat.stx_atime.tv_nsec,
-        mtimensec: stat.stx_mtime.tv_nsec,
-        ctimensec: stat.stx_ctime.tv_nsec,
-        mode: u32::from(stat.stx_mode),
-        nlink: stat.stx_nlink,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        // As `new_encode_dev` in the kernel's include/linux/kdev_t.h.
-        rdev: (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12),
-        blksize: stat.stx_blksize,
-        flags: 0,
-    })
 }

@@ -12,7 +12,8 @@ use rustix::buffer::spare_capacity;
 use rustix::fs::{FileType, OFlags, XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 use rustix::io::Errno;
 
-use super::inodes::{NodeId, stat_fd};
+use super::file::stat_fd;
+use super::inodes::NodeId;
 use super::tree::Tree;
 
 /// Largest value, and largest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX` in linux/limits.h).
