@@ -3,6 +3,7 @@
 
 use std::str::FromStr;
 
+use crate::probe;
 use crate::spec::Engine;
 
 /// What the user asked for.
@@ -54,7 +55,7 @@ pub fn choose(choice: EngineChoice) -> Result<(Engine, String), NoKvm> {
 
 /// Whether the KVM engine can run a guest here; if not, why.
 fn kvm() -> Result<(), String> {
-    Err("this build has no KVM engine".into())
+    probe::kvm().map_err(|failure| failure.to_string())
 }
 
 fn resolve(

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use crate::attachment::Attachment;
+use cloison_devices::Attachment;
 use nix::sys::socket::MsgFlags;
 use serde::{Deserialize, Serialize};
 

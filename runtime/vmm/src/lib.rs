@@ -1,20 +1,26 @@
 //! The VM process and how it is started: the engines that run a guest, the control socket, the process's life and its last
 //! word. It knows nothing of containers or images; whoever launches a VM hands it a directory to share and streams to attach.
 
-mod attachment;
 mod choose;
 mod control;
+mod devices;
 mod end;
 mod handoff;
+mod kernel_log;
 mod launch;
+mod lock_in;
+mod machine;
 mod packet;
 pub mod probe;
 mod process;
+mod software;
 mod spec;
+mod stop;
 mod sys;
+mod vhost_user;
 
-pub use attachment::Attachment;
 pub use choose::{EngineChoice, NoKvm, UnknownEngine, choose};
+pub use cloison_devices::Attachment;
 pub use control::{ControlClient, ControlError, State, Status};
 pub use end::{END_FILE, End, EndFileError, EndReason, await_end, read_end};
 pub use handoff::MAX_EARLY_ATTACHMENTS;

@@ -1,9 +1,286 @@
-//! The life of a VM process, from taking what it was given to its last word.
+//! The life of a VM process, from taking what it was given to its last word: it opens all it needs, starts the engine, locks
+//! itself in, and then does nothing but wait for the guest's end and answer the control socket.
 
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Instant;
+
+use cloison_devices::VsockHandle;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::read;
+use tracing::level_filters::LevelFilter;
+
+use crate::control::{Host, Server, Status};
+use crate::devices::{Devices, DevicesError, make_devices};
+use crate::end::{self, End, EndReason};
+use crate::handoff::{self, Handoff};
+use crate::kernel_log::KernelLog;
+use crate::kvm::{KvmError, KvmMachine};
+use crate::lock_in::lock_in;
+use crate::machine::{Machine, Watch};
+use crate::software::{Qemu, SoftwareError};
+use crate::spec::{Engine, VmSpec};
+use crate::stop::{Stop, Verdict, chain, panic_text};
+
+/// Lines of kernel log in the last word.
+const LOG_LINES: usize = 24;
+
+/// Most events taken from one wait.
+const EVENTS: usize = 16;
+
+/// Epoll keys: the process's own, then the engine's from [`MACHINE`] on, then clients by their descriptors from [`CLIENT`] on.
+const BELL: u64 = 0;
+const CONTROL: u64 = 1;
+const OWNER: u64 = 2;
+const MACHINE: u64 = 16;
+const CLIENT: u64 = 1 << 32;
+
+/// Why a VM could not be started, or not be watched.
+#[derive(Debug, thiserror::Error)]
+enum ProcessError {
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
+    #[error(transparent)]
+    Software(#[from] SoftwareError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("cannot {what}")]
+    System {
+        what: &'static str,
+        source: io::Error,
+    },
+}
+
+fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ProcessError {
+    move |error| ProcessError::System {
+        what,
+        source: error.into(),
+    }
+}
 
 /// The body of a VM process: what the executable runs when `argv[0]` is [`crate::VM_PROCESS_NAME`].
 pub fn vm_main() -> ExitCode {
-    eprintln!("cloison: this build has no engine");
-    ExitCode::FAILURE
+    let born = Instant::now();
+    let handoff = match handoff::receive(io::stdin()) {
+        Ok(handoff) => handoff,
+        Err(error) => {
+            eprintln!("cloison-vm: {error} (only cloison itself can start this program)");
+            return ExitCode::FAILURE;
+        }
+    };
+    log_to_stderr(&handoff.log_level);
+    // The guest's open files are descriptors of this process.
+    if let Err(errno) = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most))
+    {
+        tracing::warn!("cannot raise the number of open files to its limit: {errno}");
+    }
+    let Handoff {
+        spec,
+        shared,
+        end,
+        control,
+        vsock,
+        owner,
+        attachments,
+        ..
+    } = handoff;
+    let log = KernelLog::default();
+    let run = || {
+        let stop = Stop::new().map_err(system("make the main loop's bell"))?;
+        let (devices, vsock) = make_devices(&shared, vsock, attachments)?;
+        let machine = start(&spec, devices, &log, &stop)?;
+        let vm = Vm {
+            spec,
+            born,
+            machine,
+            vsock,
+            log: log.clone(),
+            stop,
+        };
+        vm.watch(Server::new(control), owner)
+    };
+    let (reason, message) = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(verdict)) => (verdict.reason, verdict.message),
+        Ok(Err(error)) => (EndReason::EngineFailed, chain(&error)),
+        Err(panic) => {
+            let message = format!("the VM process panicked: {}", panic_text(&*panic));
+            (EndReason::EngineFailed, message)
+        }
+    };
+    let last_word = End {
+        reason,
+        message,
+        kernel_log_tail: log.last_lines(LOG_LINES),
+    };
+    if let Err(error) = end::write(end, &last_word) {
+        tracing::error!("cannot write the VM's last word: {error}");
+        return ExitCode::FAILURE;
+    }
+    match reason {
+        EndReason::Shutdown | EndReason::Killed => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn log_to_stderr(level: &str) {
+    let level = LevelFilter::from_str(level).unwrap_or(LevelFilter::INFO);
+    // Fails only where a log has been set up before, which then is the one.
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .try_init();
+}
+
+/// Starts the spec's engine with our devices. The process locks itself in when all is there and the guest is not yet.
+fn start(
+    spec: &VmSpec,
+    devices: Devices,
+    log: &KernelLog,
+    stop: &Stop,
+) -> Result<Box<dyn Machine>, ProcessError> {
+    let lock_in = || lock_in().map_err(system("give up what a VM process does not need"));
+    match spec.engine {
+        Engine::Software => {
+            let (mut qemu, sockets) = Qemu::spawn(spec, &devices, log.clone(), stop.clone())?;
+            lock_in()?;
+            qemu.serve(devices, sockets)?;
+            Ok(Box::new(qemu))
+        }
+        Engine::Kvm => {
+            let mut kvm = KvmMachine::new(spec, devices, log.clone(), stop.clone())?;
+            lock_in()?;
+            kvm.start()?;
+            Ok(Box::new(kvm))
+        }
+    }
+}
+
+/// A VM that runs, as its own process's main loop sees it.
+struct Vm {
+    spec: VmSpec,
+    born: Instant,
+    machine: Box<dyn Machine>,
+    vsock: VsockHandle,
+    log: KernelLog,
+    stop: Stop,
+}
+
+impl Vm {
+    /// Serves the control socket until there is a verdict, and carries it out.
+    fn watch(
+        mut self,
+        mut server: Server,
+        owner: Option<OwnedFd>,
+    ) -> Result<Verdict, ProcessError> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("make an epoll"))?;
+        let watch = |fd: BorrowedFd<'_>, key, flags| {
+            let event = EpollEvent::new(flags, key);
+            epoll.add(fd, event).map_err(system("watch a descriptor"))
+        };
+        watch(self.stop.bell(), BELL, EpollFlags::EPOLLIN)?;
+        watch(
+            server.listener(),
+            CONTROL,
+            EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
+        )?;
+        if let Some(owner) = &owner {
+            watch(owner.as_fd(), OWNER, EpollFlags::EPOLLIN)?;
+        }
+        for (key, fd) in (MACHINE..).zip(self.machine.watched()) {
+            watch(fd, key, EpollFlags::EPOLLIN)?;
+        }
+
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(ready) => ready,
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(system("wait for events")(errno)),
+            };
+            for event in events.iter().take(ready) {
+                match event.data() {
+                    BELL => {}
+                    CONTROL => server.accept(|client| {
+                        let key = CLIENT | client.as_raw_fd() as u64;
+                        Ok(epoll.add(client, EpollEvent::new(EpollFlags::EPOLLIN, key))?)
+                    }),
+                    OWNER => self.check_on_owner(owner.as_ref()),
+                    client @ CLIENT.. => server.serve((client & !CLIENT) as RawFd, &mut self),
+                    of_machine => {
+                        let index = (of_machine - MACHINE) as usize;
+                        if self.machine.ready(index) == Watch::Drop
+                            && let Some(fd) = self.machine.watched().get(index)
+                        {
+                            epoll
+                                .delete(fd)
+                                .map_err(system("stop watching a descriptor"))?;
+                        }
+                    }
+                }
+            }
+            if let Some(verdict) = self.stop.verdict() {
+                let verdict = verdict.clone();
+                self.machine.end();
+                return Ok(verdict);
+            }
+        }
+    }
+
+    fn check_on_owner(&self, owner: Option<&OwnedFd>) {
+        let Some(owner) = owner else { return };
+        match read(owner, &mut [0; 64]) {
+            Ok(0) => self.stop.stop(
+                EndReason::OwnerGone,
+                "the process that the VM belonged to is gone",
+            ),
+            // Whatever an owner may write, it is alive.
+            Ok(_) | Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(errno) => {
+                let message = format!("cannot tell whether the VM's owner lives: {errno}");
+                self.stop.stop(EndReason::OwnerGone, message);
+            }
+        }
+    }
+}
+
+impl Host for Vm {
+    fn status(&self) -> Status {
+        Status {
+            id: self.spec.id.clone(),
+            engine: self.spec.engine,
+            state: self.machine.state(),
+            pid: std::process::id(),
+            engine_pids: self.machine.pids(),
+            uptime_ms: u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX),
+            memory_mib: self.spec.memory_mib,
+            vcpus: self.spec.vcpus,
+        }
+    }
+
+    fn attach(
+        &mut self,
+        read: Option<OwnedFd>,
+        write: Option<OwnedFd>,
+        done: Option<OwnedFd>,
+    ) -> Result<u32, String> {
+        self.vsock
+            .attach_any(read, write, done)
+            .map_err(|error| chain(&error))
+    }
+
+    fn kernel_log(&self, limit: usize) -> String {
+        self.log.tail(limit)
+    }
+
+    fn kill(&mut self) {
+        self.stop
+            .stop(EndReason::Killed, "the VM was killed on request");
+    }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 
 use super::{Reply, Request, Status};
@@ -77,6 +78,9 @@ impl Server {
                 }
             };
             if self.clients.len() >= MAX_CLIENTS {
+                self.forget_the_gone();
+            }
+            if self.clients.len() >= MAX_CLIENTS {
                 let message = format!("the VM process has {MAX_CLIENTS} clients already");
                 answer(client.as_fd(), &Reply::Error { message });
             } else if let Err(error) = watch(client.as_fd()) {
@@ -85,6 +89,14 @@ impl Server {
                 self.clients.insert(client.as_raw_fd(), client);
             }
         }
+    }
+
+    /// Makes room: those who have hung up may not have had their turn yet.
+    fn forget_the_gone(&mut self) {
+        self.clients.retain(|_, client| {
+            let mut fds = [PollFd::new(client.as_fd(), PollFlags::empty())];
+            poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+        });
     }
 
     /// The client `fd` has sent something, or has gone: handles one packet.

@@ -1,0 +1,125 @@
+//! QEMU's command line. Each option is there for a reason that is said beside it; what is passed as a number is a descriptor
+//! that QEMU inherits.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use crate::devices::SHARED_TAG;
+use crate::spec::VmSpec;
+
+/// What the kernel is told beside [`VmSpec::cmdline`]. `quiet` keeps the log to what matters; a panic becomes a reset at once
+/// (`panic=-1`), and a reset a triple fault (`reboot=t`), which ends a machine that is not to reboot.
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=t";
+
+/// Interrupts need a controller (pic), the kernel calibrates its clocks by the timer (pit), and without a clock of the time
+/// of day (rtc) it looks for one for a second. Firmware tables, option ROMs and a serial port would only cost time.
+const MACHINE: &str =
+    "microvm,pit=on,pic=on,rtc=on,acpi=off,x-option-roms=off,isa-serial=off,memory-backend=ram";
+
+/// QEMU may not start programs, change its identity or its place in the scheduler.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// The descriptors that QEMU inherits, by number.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Inherited {
+    /// Connected vhost-user socket of the fs device.
+    pub(super) fs: RawFd,
+    /// Connected vhost-user socket of the vsock device.
+    pub(super) vsock: RawFd,
+    /// Connected socket that gets the guest's console.
+    pub(super) console: RawFd,
+}
+
+/// The arguments after the program's name.
+pub(super) fn arguments(spec: &VmSpec, inherited: Inherited, fs_queue_size: u16) -> Vec<OsString> {
+    let Inherited { fs, vsock, console } = inherited;
+    let memory = spec.memory_mib;
+    let pairs = [
+        ("-name", format!("cloison-{}", spec.id)),
+        ("-sandbox", SANDBOX.into()),
+        ("-display", "none".into()),
+        ("-machine", MACHINE.into()),
+        (
+            "-accel",
+            if spec.vcpus > 1 {
+                "tcg,thread=multi"
+            } else {
+                "tcg"
+            }
+            .into(),
+        ),
+        ("-cpu", "max".into()),
+        ("-smp", spec.vcpus.to_string()),
+        ("-m", format!("{memory}M")),
+        // Our devices map the guest's memory, so it must be a file that can be passed on.
+        (
+            "-object",
+            format!("memory-backend-memfd,id=ram,share=on,size={memory}M"),
+        ),
+        ("-append", format!("{CMDLINE} {}", spec.cmdline)),
+        ("-global", "virtio-mmio.force-legacy=false".into()),
+        ("-chardev", format!("socket,id=fs,fd={fs}")),
+        (
+            "-device",
+            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG},queue-size={fs_queue_size}"),
+        ),
+        ("-chardev", format!("socket,id=vsock,fd={vsock}")),
+        ("-device", "vhost-user-vsock-device,chardev=vsock".into()),
+        ("-device", "virtio-rng-device".into()),
+        ("-chardev", format!("socket,id=console,fd={console}")),
+        ("-device", "virtio-serial-device".into()),
+        ("-device", "virtconsole,chardev=console".into()),
+    ];
+    // Whatever is not asked for is not there, and a guest that resets itself has ended.
+    let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from);
+    let files = [("-kernel", &spec.kernel), ("-initrd", &spec.initramfs)];
+    let pairs = pairs
+        .into_iter()
+        .map(|(option, value)| (option, OsString::from(value)));
+    let files = files
+        .into_iter()
+        .map(|(option, path)| (option, OsString::from(path)));
+    let pairs = pairs
+        .chain(files)
+        .flat_map(|(option, value)| [OsString::from(option), value]);
+    flags.into_iter().chain(pairs).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::Engine;
+
+    #[test]
+    fn every_word_of_the_spec_is_one_argument_or_a_checked_part_of_one() {
+        let spec = VmSpec {
+            id: "web-1".into(),
+            engine: Engine::Software,
+            memory_mib: 192,
+            vcpus: 2,
+            kernel: "/a dir/vm,linux".into(),
+            initramfs: "-initramfs".into(),
+            cmdline: "agent.debug quiet".into(),
+            qemu: "qemu".into(),
+        };
+        let line = arguments(
+            &spec,
+            Inherited {
+                fs: 10,
+                vsock: 11,
+                console: 12,
+            },
+            512,
+        );
+        let after = |option: &str| {
+            let at = line.iter().position(|word| word == option).unwrap();
+            line[at + 1].to_str().unwrap()
+        };
+        assert_eq!(after("-kernel"), "/a dir/vm,linux");
+        assert_eq!(after("-initrd"), "-initramfs");
+        assert_eq!(after("-m"), "192M");
+        assert_eq!(after("-smp"), "2");
+        assert_eq!(after("-accel"), "tcg,thread=multi");
+        assert!(after("-append").ends_with(" agent.debug quiet"));
+    }
+}

@@ -1,0 +1,339 @@
+//! The QEMU process: started as early as can be, joined by its devices when they are there, watched, and seen to its end.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getppid};
+
+use super::command::{Inherited, arguments};
+use super::transcript::Transcript;
+use crate::control::State;
+use crate::devices::Devices;
+use crate::end::EndReason;
+use crate::kernel_log::KernelLog;
+use crate::machine::{Machine, Watch};
+use crate::spec::VmSpec;
+use crate::stop::Stop;
+use crate::sys;
+use crate::vhost_user::{ServeError, Service};
+
+/// What to do about a QEMU that does not work. 5.2 (2020) is the first whose microvm machine can do without ACPI.
+const ADVICE: &str =
+    "cloison needs QEMU 5.2 or later with its microvm machine: `apt-get install qemu-system-x86`";
+
+/// Bytes of console or standard error taken at a time.
+const CHUNK: usize = 4 << 10;
+
+/// Why the software engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SoftwareError {
+    /// The program cannot be run.
+    #[error("cannot run QEMU at {}; {ADVICE}", path.display())]
+    Start { path: PathBuf, source: io::Error },
+    /// Something QEMU needs could not be made.
+    #[error("cannot make what QEMU is connected by")]
+    Connect(#[source] io::Error),
+    /// A device cannot be served.
+    #[error("cannot serve the {device} device to QEMU")]
+    Serve {
+        device: &'static str,
+        source: ServeError,
+    },
+    /// A device's thread could not be started.
+    #[error("cannot start a thread for the {device} device")]
+    Thread {
+        device: &'static str,
+        source: io::Error,
+    },
+}
+
+/// Our ends of the devices' vhost-user sockets.
+pub(crate) struct Sockets {
+    fs: UnixStream,
+    vsock: UnixStream,
+}
+
+/// A QEMU that has been started; it comes to life when its devices are served.
+pub(crate) struct Qemu {
+    path: PathBuf,
+    child: Child,
+    pidfd: OwnedFd,
+    console: UnixStream,
+    stderr: ChildStderr,
+    said: Transcript,
+    log: KernelLog,
+    stop: Stop,
+    running: Arc<AtomicBool>,
+    reaped: bool,
+}
+
+impl Qemu {
+    /// Starts QEMU, which then waits for the devices; must be called on the VM process's main thread, for QEMU dies with the
+    /// thread that started it.
+    pub(crate) fn spawn(
+        spec: &VmSpec,
+        devices: &Devices,
+        log: KernelLog,
+        stop: Stop,
+    ) -> Result<(Self, Sockets), SoftwareError> {
+        let pair = || UnixStream::pair().map_err(SoftwareError::Connect);
+        let (fs, fs_of_qemu) = pair()?;
+        let (vsock, vsock_of_qemu) = pair()?;
+        let (console, console_of_qemu) = pair()?;
+        console
+            .set_nonblocking(true)
+            .map_err(SoftwareError::Connect)?;
+        let inherited = Inherited {
+            fs: fs_of_qemu.as_raw_fd(),
+            vsock: vsock_of_qemu.as_raw_fd(),
+            console: console_of_qemu.as_raw_fd(),
+        };
+        let fs_queue_size = devices.fs.queue_sizes().iter().copied().min().unwrap_or(1);
+        let mut child =
+            spawn(spec, inherited, fs_queue_size).map_err(|source| SoftwareError::Start {
+                path: spec.qemu.clone(),
+                source,
+            })?;
+        let pidfd = sys::pidfd_open(child.id()).map_err(SoftwareError::Connect)?;
+        let missing = || SoftwareError::Connect(io::ErrorKind::BrokenPipe.into());
+        let stderr = child.stderr.take().ok_or_else(missing)?;
+        let nonblocking = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+        fcntl(&stderr, nonblocking).map_err(|errno| SoftwareError::Connect(errno.into()))?;
+        let qemu = Self {
+            path: spec.qemu.clone(),
+            child,
+            pidfd,
+            console,
+            stderr,
+            said: Transcript::default(),
+            log,
+            stop,
+            running: Arc::new(AtomicBool::new(false)),
+            reaped: false,
+        };
+        Ok((qemu, Sockets { fs, vsock }))
+    }
+
+    /// Serves the devices, each on a thread of its own; with that the guest starts.
+    pub(crate) fn serve(
+        &mut self,
+        devices: Devices,
+        sockets: Sockets,
+    ) -> Result<(), SoftwareError> {
+        let fs = ("fs", devices.fs, sockets.fs);
+        let vsock = ("vsock", devices.vsock, sockets.vsock);
+        for (name, device, socket) in [fs, vsock] {
+            let serve = |source| SoftwareError::Serve {
+                device: name,
+                source,
+            };
+            let qemu = self.pidfd.try_clone().map_err(SoftwareError::Connect)?;
+            let running = Arc::clone(&self.running);
+            let service = Service::new(device, socket, qemu, running).map_err(serve)?;
+            self.stop
+                .spawn(name, move || service.run())
+                .map_err(|source| SoftwareError::Thread {
+                    device: name,
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// QEMU has ended by itself: reaps it and says what that means.
+    fn ended(&mut self) {
+        let status = match self.child.wait() {
+            Ok(status) => status,
+            Err(error) => {
+                self.stop.stop(
+                    EndReason::EngineFailed,
+                    format!("cannot wait for QEMU: {error}"),
+                );
+                return;
+            }
+        };
+        self.reaped = true;
+        // The last words are still in the pipes; they end where QEMU ended.
+        while self.read_console() == Took::Something {}
+        while self.read_stderr() == Took::Something {}
+        let (reason, message) = self.explain(status);
+        self.stop.stop(reason, message);
+    }
+
+    fn explain(&self, status: ExitStatus) -> (EndReason, String) {
+        if !status.success() {
+            return (EndReason::EngineFailed, self.complaint(status));
+        }
+        if let Some(why) = self.log.panic() {
+            return (
+                EndReason::GuestPanic,
+                format!("the guest's kernel panicked: {why}"),
+            );
+        }
+        if self.log.stopped_orderly() {
+            return (EndReason::Shutdown, "the guest shut down".into());
+        }
+        (
+            EndReason::GuestReset,
+            "the guest was reset without a word".into(),
+        )
+    }
+
+    /// QEMU failed: how, what it said, and, if it had not got as far as a guest, what to do.
+    fn complaint(&self, status: ExitStatus) -> String {
+        let how = match status.signal().map(Signal::try_from) {
+            Some(Ok(signal)) => format!("was killed by {signal}"),
+            Some(Err(_)) => "was killed by a signal".into(),
+            None => format!("failed with status {}", status.code().unwrap_or_default()),
+        };
+        let path = self.path.display();
+        let mut message = format!("QEMU ({path}) {how}");
+        if !self.running.load(Ordering::Relaxed) && status.signal().is_none() {
+            message = format!("{message} before the guest started; {ADVICE}");
+        }
+        let said = self.said.tail();
+        if !said.is_empty() {
+            message = format!("{message}; it said:\n{said}");
+        }
+        message
+    }
+
+    fn read_console(&mut self) -> Took {
+        take_some(&mut self.console, |bytes| self.log.push(bytes))
+    }
+
+    fn read_stderr(&mut self) -> Took {
+        take_some(&mut self.stderr, |bytes| {
+            tracing::debug!("QEMU: {}", String::from_utf8_lossy(bytes).trim_end());
+            self.said.push(bytes);
+        })
+    }
+}
+
+impl Machine for Qemu {
+    fn watched(&self) -> Vec<BorrowedFd<'_>> {
+        vec![
+            self.pidfd.as_fd(),
+            self.console.as_fd(),
+            self.stderr.as_fd(),
+        ]
+    }
+
+    fn ready(&mut self, index: usize) -> Watch {
+        match index {
+            0 => {
+                self.ended();
+                Watch::Drop
+            }
+            1 => self.read_console().into(),
+            _ => self.read_stderr().into(),
+        }
+    }
+
+    fn state(&self) -> State {
+        match self.running.load(Ordering::Relaxed) {
+            true => State::Running,
+            false => State::Starting,
+        }
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        if self.reaped {
+            Vec::new()
+        } else {
+            vec![self.child.id()]
+        }
+    }
+
+    fn end(&mut self) {
+        if self.reaped {
+            return;
+        }
+        if let Err(error) = self.child.kill().and_then(|()| self.child.wait().map(drop)) {
+            tracing::error!("cannot end QEMU: {error}");
+        }
+        self.reaped = true;
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What came of reading from QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Took {
+    Something,
+    Nothing,
+    /// There will never be more.
+    End,
+}
+
+impl From<Took> for Watch {
+    fn from(took: Took) -> Self {
+        match took {
+            Took::Something | Took::Nothing => Self::Keep,
+            Took::End => Self::Drop,
+        }
+    }
+}
+
+/// Takes what is there, at most [`CHUNK`] bytes.
+fn take_some(from: &mut impl Read, take: impl FnOnce(&[u8])) -> Took {
+    let mut chunk = [0; CHUNK];
+    match from.read(&mut chunk) {
+        Ok(0) => Took::End,
+        Ok(length) => {
+            take(&chunk[..length]);
+            Took::Something
+        }
+        Err(error) => match error.kind() {
+            io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Took::Nothing,
+            _ => Took::End,
+        },
+    }
+}
+
+fn spawn(spec: &VmSpec, inherited: Inherited, fs_queue_size: u16) -> io::Result<Child> {
+    let parent = Pid::this();
+    let fds = [inherited.fs, inherited.vsock, inherited.console];
+    let mut command = Command::new(&spec.qemu);
+    command
+        .args(arguments(spec, inherited, fs_queue_size))
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    // SAFETY: runs between fork and exec, in a copy of one thread: it makes a few system calls and allocates nothing.
+    unsafe {
+        command.pre_exec(move || {
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // The parent may have died before it could be asked for a signal.
+            if getppid() != parent {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            prctl::set_no_new_privs()?;
+            fds.into_iter().try_for_each(inherit)
+        });
+    }
+    command.spawn()
+}
+
+/// Lets the program that comes next keep `fd`.
+fn inherit(fd: RawFd) -> io::Result<()> {
+    // SAFETY: called with descriptors that the caller of `spawn` owns, and copies of which this forked process holds.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! Guests that boot, and all the ways they can end.
+
+use std::time::{Duration, Instant};
+
+use cloison_vmm::{EndReason, State};
+
+use crate::support::{Bench, kill, readable, wait};
+
+crate::tests![
+    a_guest_that_says_so_and_reboots_has_shut_down,
+    a_guest_that_reboots_without_a_word_was_reset,
+    a_guest_that_panics_is_reported_with_its_reason_and_its_last_lines,
+    a_killed_qemu_ends_a_running_guest,
+    a_guest_that_floods_its_console_is_not_felt,
+];
+
+fn a_guest_that_reboots_without_a_word_was_reset() {
+    let Some(mut bench) = Bench::with_init("/busybox reboot -f") else {
+        return;
+    };
+    let end = bench.run();
+    assert_eq!(end.reason, EndReason::GuestReset, "{end:?}");
+}
+
+fn a_guest_that_says_so_and_reboots_has_shut_down() {
+    let Some(mut bench) =
+        Bench::with_init("echo cloison-agent: shutting down >/dev/hvc0; /busybox reboot -f")
+    else {
+        return;
+    };
+    let end = bench.run();
+    assert_eq!(end.reason, EndReason::Shutdown, "{end:?}");
+}
+
+fn a_guest_that_panics_is_reported_with_its_reason_and_its_last_lines() {
+    let Some(mut bench) = Bench::with_init("exit 3") else {
+        return;
+    };
+    let end = bench.run();
+    assert_eq!(end.reason, EndReason::GuestPanic, "{end:?}");
+    assert!(
+        end.message.contains("Attempted to kill init"),
+        "{}",
+        end.message
+    );
+    assert!(
+        end.kernel_log_tail.contains("Kernel panic"),
+        "{}",
+        end.kernel_log_tail
+    );
+}
+
+fn a_killed_qemu_ends_a_running_guest() {
+    let Some(mut bench) = Bench::with_init("echo ready >/dev/hvc0; /busybox sleep 1000") else {
+        return;
+    };
+    let mut process = bench.launch().unwrap();
+    let control = bench.control();
+    let begun = Instant::now();
+    while !control.kernel_log().unwrap().contains("ready") {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "no word from the guest"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let status = control.status().unwrap();
+    assert_eq!(status.state, State::Running);
+    kill(status.engine_pids[0] as i32);
+    let end = wait(&mut process);
+    assert_eq!(end.reason, EndReason::EngineFailed);
+    assert!(end.kernel_log_tail.contains("ready"));
+}
+
+fn a_guest_that_floods_its_console_is_not_felt() {
+    let Some(mut bench) = Bench::with_init("/busybox yes flood >/dev/hvc0") else {
+        return;
+    };
+    let mut process = bench.launch().unwrap();
+    let control = bench.control();
+    let begun = Instant::now();
+    let mut replies = 0;
+    while begun.elapsed() < Duration::from_secs(5)
+        || !control.kernel_log().unwrap().contains("flood")
+    {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "no word from the guest"
+        );
+        let asked = Instant::now();
+        control.status().unwrap();
+        assert!(
+            asked.elapsed() < Duration::from_secs(2),
+            "the flood delays the control socket"
+        );
+        replies += 1;
+    }
+    assert!(replies > 100);
+    let pid = control.status().unwrap().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let resident = status
+        .lines()
+        .find(|line| line.starts_with("RssAnon"))
+        .unwrap();
+    let kib: u64 = resident.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(kib < 4096, "the VM process holds {kib} KiB of its own");
+    control.kill().unwrap();
+    assert!(readable(&control));
+    assert_eq!(wait(&mut process).reason, EndReason::Killed);
+}
