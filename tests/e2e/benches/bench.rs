@@ -1,0 +1,143 @@
+//! The figures of `docs/benchmarks.md` that are times, rates and sizes: each is printed with how it was taken. Run by
+//! `tests/bench/run`; nothing here passes or fails.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a measurement that cannot go on is none"
+)]
+
+#[path = "../tests/host.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
+mod host;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use host::{Host, busybox, dist, succeed};
+
+/// Pairs of runs of which the medians are compared.
+const BOOTS: usize = 21;
+/// Bytes piped through a container.
+const STREAM: usize = 1 << 30;
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn timed(mut command: Command) -> Duration {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let start = Instant::now();
+    assert!(command.status().unwrap().success(), "{command:?} failed");
+    start.elapsed()
+}
+
+/// The same kernel, on the same kind of machine, to an init that ends it.
+fn bare() -> Command {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "1024M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    qemu.args(["-M", "microvm,pit=on,pic=on,rtc=on,acpi=off,x-option-roms=off"]);
+    qemu.arg("-kernel").arg(dist().join("vmlinux"));
+    qemu.arg("-initrd").arg(PathBuf::from(std::env::var_os("CLOISON_BARE_INITRAMFS").unwrap()));
+    qemu.args(["-append", BARE_COMMAND_LINE]);
+    qemu
+}
+
+/// The words that matter for speed, as the engine gives them.
+const BARE_COMMAND_LINE: &str = "quiet panic=-1 reboot=t";
+
+fn start_up() {
+    let host = Host::new();
+    let image = busybox();
+    let run = || host.command(["run", "--rm", &image, "true"]);
+    timed(run());
+    timed(bare());
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..BOOTS {
+        theirs.push(timed(bare()));
+        ours.push(timed(run()));
+    }
+    let (ours, theirs) = (median(ours), median(theirs));
+    println!(
+        "start-up: cloison run --rm IMAGE true {} ms, bare QEMU boot of the same kernel {} ms, ratio {:.2} (medians of {BOOTS} alternating runs)",
+        ours.as_millis(),
+        theirs.as_millis(),
+        ours.as_secs_f64() / theirs.as_secs_f64()
+    );
+}
+
+/// A field of /proc/PID/status or smaps_rollup, KiB.
+fn kib(pid: i32, file: &str, field: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn stream() {
+    let host = Host::new();
+    let image = busybox();
+    let mut child = host.spawn(["run", "--rm", "-i", &image, "cat"]);
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    // The guest must be up before the clock starts.
+    stdin.write_all(&[0]).unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    let processes: Vec<i32> = host.processes().into_iter().filter(|(_, c)| !c.contains("qemu")).map(|(pid, _)| pid).collect();
+    let processes: Vec<i32> = processes.into_iter().chain([i32::try_from(child.id()).unwrap()]).collect();
+    let resident = || processes.iter().map(|pid| kib(*pid, "status", "VmRSS:")).sum::<u64>();
+    let before = resident();
+
+    let start = Instant::now();
+    let writer = std::thread::spawn(move || {
+        let mut hash = Sha256::new();
+        let block: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        for _ in 0..STREAM / block.len() {
+            hash.update(&block);
+            stdin.write_all(&block).unwrap();
+        }
+        drop(stdin);
+        hash.finalize()
+    });
+    let mut hash = Sha256::new();
+    let mut block = vec![0u8; 1 << 20];
+    let (mut total, mut peak) = (0, before);
+    loop {
+        let count = stdout.read(&mut block).unwrap();
+        if count == 0 {
+            break;
+        }
+        hash.update(&block[..count]);
+        if total / (STREAM / 16) != (total + count) / (STREAM / 16) {
+            peak = peak.max(resident());
+        }
+        total += count;
+    }
+    let elapsed = start.elapsed();
+    assert_eq!(total, STREAM);
+    assert_eq!(hash.finalize(), writer.join().unwrap(), "the stream did not arrive intact");
+    assert!(child.wait().unwrap().success());
+    println!(
+        "stream: 1 GiB through `cloison run -i IMAGE cat` intact at {:.0} MB/s; front end and VM process together {before} KiB resident before, {peak} KiB at most",
+        STREAM as f64 / 1e6 / elapsed.as_secs_f64()
+    );
+}
+
+fn idle() {
+    let host = Host::new();
+    let id = host.detached(&[], &["sleep", "1000"]);
+    let ours: Vec<(i32, String)> = host.processes().into_iter().filter(|(_, command)| !command.contains("qemu")).collect();
+    let pss: Vec<u64> = ours.iter().map(|(pid, _)| kib(*pid, "smaps_rollup", "Pss:")).collect();
+    println!("idle: {} host processes of one idle container, {} KiB PSS together ({pss:?} each)", ours.len(), pss.iter().sum::<u64>());
+    succeed(&host.cloison(["rm", "-f", &id]));
+}
+
+fn main() {
+    start_up();
+    stream();
+    idle();
+}
