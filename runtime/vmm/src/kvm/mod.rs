@@ -1,0 +1,22 @@
+//! The KVM engine: our own virtual machine monitor. It boots an uncompressed kernel directly, on processors, memory and interrupt
+//! controllers that KVM provides, with virtio devices on the memory-mapped transport as the only others. It opens what it needs
+//! before the guest's first instruction and nothing after.
+
+mod boot;
+mod cpuid;
+mod error;
+mod kernel;
+mod kick;
+mod layout;
+mod machine;
+mod memory;
+mod mptable;
+mod ports;
+mod registers;
+mod run;
+mod slot;
+mod vcpu;
+mod worker;
+
+pub(crate) use error::KvmError;
+pub(crate) use machine::KvmMachine;

@@ -1,0 +1,171 @@
+//! The life of a vCPU's thread: into the guest, out of it for what the guest wants of the machine, and so on until the guest ends
+//! or the thread is kicked.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::kick::Entry;
+use super::ports::{Ports, Request};
+use super::slot::Slots;
+use crate::end::EndReason;
+use crate::kernel_log::KernelLog;
+use crate::stop::Stop;
+
+/// What all vCPUs of a VM share.
+pub(super) struct Machine {
+    pub(super) slots: Arc<Slots>,
+    pub(super) ports: Mutex<Ports>,
+    pub(super) log: KernelLog,
+    pub(super) stop: Stop,
+    /// Set before the vCPUs are kicked for the last time.
+    pub(super) ending: AtomicBool,
+}
+
+/// How often a vCPU left the guest, by what for.
+#[derive(Debug, Default)]
+struct Exits {
+    port: u64,
+    memory_read: u64,
+    memory_write: u64,
+    kick: u64,
+    other: u64,
+}
+
+/// Why a vCPU's thread could not go on.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM cannot run a vCPU")]
+pub(super) struct RunError(#[source] io::Error);
+
+/// Runs vCPU `id` until the guest ends or the VM does.
+pub(super) fn run(id: u8, vcpu: VcpuFd, machine: &Machine) -> Result<(), RunError> {
+    let mut entry = Entry::new(vcpu);
+    let mut exits = Exits::default();
+    let verdict = loop {
+        match step(entry.vcpu(), machine, &mut exits) {
+            Ok(None) if machine.ending.load(Ordering::Acquire) => break None,
+            Ok(None) => {}
+            Ok(Some(verdict)) => break Some(verdict),
+            Err(error) => return Err(RunError(error)),
+        }
+    };
+    tracing::debug!(id, ?exits, "vCPU stops");
+    if let Some((reason, message)) = verdict {
+        machine.stop.stop(reason, message);
+    }
+    Ok(())
+}
+
+type Verdict = (EndReason, String);
+
+fn step(vcpu: &mut VcpuFd, machine: &Machine, exits: &mut Exits) -> io::Result<Option<Verdict>> {
+    match vcpu.run() {
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            exits.memory_read += 1;
+            machine.slots.read(address, data);
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            exits.memory_write += 1;
+            machine.slots.write(address, data);
+        }
+        Ok(VcpuExit::IoIn(port, data)) => {
+            exits.port += 1;
+            machine.ports().read(port, data);
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            exits.port += 1;
+            if machine.ports().write(port, data) == Request::Reset {
+                return Ok(Some(machine.reset()));
+            }
+        }
+        Ok(VcpuExit::Shutdown) => return Ok(Some(machine.crash())),
+        Ok(VcpuExit::InternalError) => return Ok(Some(internal_error(vcpu))),
+        Ok(VcpuExit::FailEntry(reason, cpu)) => {
+            let message = format!(
+                "the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"
+            );
+            return Ok(Some((EndReason::EngineFailed, message)));
+        }
+        Ok(exit) => {
+            exits.other += 1;
+            let message =
+                format!("KVM left the guest for a reason the engine does not know: {exit:?}");
+            return Ok(Some((EndReason::EngineFailed, message)));
+        }
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            exits.kick += 1;
+            vcpu.set_kvm_immediate_exit(0);
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(None)
+}
+
+impl Machine {
+    fn ports(&self) -> std::sync::MutexGuard<'_, Ports> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest has pulled the reset line: its kernel has said why, or it was not its kernel.
+    fn reset(&self) -> Verdict {
+        if let Some(why) = self.log.panic() {
+            (
+                EndReason::GuestPanic,
+                format!("the guest's kernel panicked: {why}"),
+            )
+        } else if self.log.stopped_orderly() {
+            (EndReason::Shutdown, "the guest shut down".into())
+        } else {
+            (
+                EndReason::GuestReset,
+                "the guest was reset without a word".into(),
+            )
+        }
+    }
+
+    /// The guest's processor could not go on: a fault, while it handled a fault, while it handled a fault.
+    fn crash(&self) -> Verdict {
+        if let Some(why) = self.log.panic() {
+            (
+                EndReason::GuestPanic,
+                format!("the guest's kernel panicked: {why}"),
+            )
+        } else {
+            (
+                EndReason::GuestReset,
+                "the guest's processor gave up: triple fault".into(),
+            )
+        }
+    }
+}
+
+fn internal_error(vcpu: &mut VcpuFd) -> Verdict {
+    let regs = vcpu.get_regs();
+    let run = vcpu.get_kvm_run();
+    // SAFETY: KVM has just reported an internal error, so `internal` is the member of the union that it filled; it is plain
+    // numbers, of which any are valid.
+    let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+    let what = match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => "it could not emulate an instruction",
+        KVM_INTERNAL_ERROR_SIMUL_EX => "two exceptions came at once",
+        KVM_INTERNAL_ERROR_DELIVERY_EV => "an event could not be delivered",
+        KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => {
+            "the processor left the guest for an unknown reason"
+        }
+        _ => "it does not say what",
+    };
+    let place = regs.map_or_else(
+        |_| "an unknown address".into(),
+        |regs| format!("{:#x}", regs.rip),
+    );
+    (
+        EndReason::EngineFailed,
+        format!("KVM failed inside (internal error {suberror}): {what}, at {place} of the guest"),
+    )
+}
