@@ -228,3 +228,42 @@ fn short_name(dir: &Path, held: &mut Vec<OwnedFd>) -> rustix::io::Result<String>
     held.push(fd);
     Ok(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::mount::MsFlags;
+    use std::fs;
+
+    /// Mounts `count` directories the way old kernels need it, in a mount namespace of the calling thread's own, and reads
+    /// a file of the topmost one. Needs root.
+    fn mount_as_of_old(count: usize) -> rustix::io::Result<String> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join("a:b,c\\").join(name);
+        let lower: Vec<PathBuf> = (0..count).map(|n| at(&format!("lower{n}"))).collect();
+        for path in lower.iter().chain(&[at("upper"), at("work"), at("rootfs")]) {
+            fs::create_dir_all(path).unwrap();
+        }
+        for path in &lower {
+            fs::write(path.join("file"), path.file_name().unwrap().as_bytes()).unwrap();
+        }
+        let layers = Layers { lower: &lower, upper: &at("upper"), work: &at("work") };
+        layers.mount_by_options(&at("rootfs"), false)?;
+        let found = fs::read_to_string(at("rootfs/file")).unwrap();
+        RootFs::at(&at("rootfs")).unmount().unwrap();
+        Ok(found)
+    }
+
+    #[test]
+    fn old_kernels_get_all_directories_in_one_text() {
+        assert_eq!(mount_as_of_old(100).unwrap(), "lower0");
+    }
+
+    #[test]
+    fn more_layers_than_fit_into_that_text_are_refused() {
+        assert_eq!(mount_as_of_old(400), Err(Errno::TOOBIG));
+    }
+}

@@ -1,4 +1,5 @@
 //! What `docker save` writes, of old and of late, and what else people take for it. These tests need root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail")]
 
 mod common;
 

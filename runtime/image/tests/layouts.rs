@@ -1,4 +1,5 @@
 //! OCI layouts as people have them, and as they break. These tests need root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail")]
 
 mod common;
 
@@ -57,7 +58,7 @@ fn an_image_is_unpacked_with_all_that_its_configuration_says() {
 fn a_layer_is_unpacked_once_for_all_images() {
     let mut layout = Layout::new();
     let (base, extra) = (one_file("base"), one_file("extra"));
-    let one = layout.image(&[base.clone()]);
+    let one = layout.image(std::slice::from_ref(&base));
     let two = layout.image(&[base.clone(), extra]);
     layout.tag(one, "one");
     layout.tag(two, "two");
@@ -565,7 +566,7 @@ fn a_layer_that_would_escape_is_refused_and_leaves_nothing() {
 fn blobs_may_be_links_to_where_a_user_keeps_them() {
     let mut layout = Layout::new();
     let layer = one_file("linked");
-    let image = layout.image(&[layer.clone()]);
+    let image = layout.image(std::slice::from_ref(&layer));
     layout.add(image);
     let blob = layout.blob_path(&sha256(&gzip(&layer)));
     fs::rename(&blob, layout.path("elsewhere")).unwrap();

@@ -1,4 +1,5 @@
 //! The store under several users at once, under a full disk, and after a process that was killed. These tests need root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail")]
 
 mod common;
 

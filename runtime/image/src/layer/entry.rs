@@ -272,9 +272,10 @@ impl Layer {
             entry: super::shown(path.as_os_str().as_bytes()),
             source,
         };
+        // Where the last byte written is; a sparse file may end with a hole.
         let mut end = 0;
         for chunk in chunks {
-            end = chunk.offset;
+            let mut at = chunk.offset;
             let mut left = chunk.length;
             while left > 0 {
                 let want = self
@@ -287,9 +288,10 @@ impl Layer {
                 if n == 0 {
                     return Err(LayerError::Read(std::io::ErrorKind::UnexpectedEof.into()));
                 }
-                file.write_all_at(&self.buffer[..n], end).map_err(failed)?;
-                end += n as u64;
+                file.write_all_at(&self.buffer[..n], at).map_err(failed)?;
+                at += n as u64;
                 left -= n as u64;
+                end = at;
             }
         }
         if end < size {

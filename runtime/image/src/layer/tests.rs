@@ -494,6 +494,9 @@ fn sparse_files_keep_their_holes() {
     gnu.set_real_size(1 << 40);
     gnu.sparse[0].set_offset(1 << 30);
     gnu.sparse[0].set_length(4);
+    // GNU tar says where a hole at the end leads to.
+    gnu.sparse[1].set_offset(1 << 40);
+    gnu.sparse[1].set_length(0);
     header.set_cksum();
     let mut tar = Tar::new();
     tar.0.append(&header, &b"data"[..]).unwrap();

@@ -63,6 +63,9 @@ impl Layer {
 
     /// The directory named `path` in the archive, if there is one.
     pub(super) fn existing_parent(&self, path: &Path) -> Result<Option<OwnedFd>, LayerError> {
+        if let Some(dir) = self.directory(path)? {
+            return Ok(Some(dir));
+        }
         let physical = self
             .root
             .resolve(path)

@@ -146,7 +146,7 @@ fn overridden(stack: &[View], path: &Path) -> rustix::io::Result<bool> {
             let here = Look::of(&dir)?;
             let (first, shown) = topmost.get_or_insert((n, here.clone()));
             if !view.implied.contains(path) {
-                return Ok(n > *first && !shown.same(&here));
+                return Ok(n > *first && !shown.same(&here, path));
             }
         }
         if seen.last {
@@ -263,10 +263,13 @@ impl Look {
         })
     }
 
-    /// Equal but for times, which are not worth a layer.
-    fn same(&self, other: &Look) -> bool {
+    /// Whether nobody could tell the two apart at `path`. Nobody looks at the time of the root itself, which many images leave
+    /// out; other times matter to programs that keep an index of a directory (fontconfig).
+    fn same(&self, other: &Look, path: &Path) -> bool {
+        let is_root = path.as_os_str().is_empty();
         (self.mode, self.uid, self.gid, &self.xattrs)
             == (other.mode, other.uid, other.gid, &other.xattrs)
+            && (is_root || self.times.last_modification == other.times.last_modification)
     }
 
     fn apply(&self, dir: &OwnedFd) -> rustix::io::Result<()> {
