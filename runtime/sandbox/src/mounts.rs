@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use nix::mount::{MsFlags, mount};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::Error;
@@ -28,6 +29,22 @@ pub fn enter_private_namespace() -> Result<(), Error> {
     )
     .map_err(io::Error::from)
     .map_err(Error::system("detach the mount namespace from the host's"))
+}
+
+/// Makes a directory a mount of its own, so that [`detach`] finds all that is mounted below it later on.
+pub(crate) fn attach(dir: &Path) -> Result<(), Error> {
+    mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(io::Error::from)
+        .map_err(Error::path("bind-mount", dir))
+}
+
+/// Takes away, in one step, what [`attach`] has made and all that is mounted below it. What the calling process cannot see is
+/// mounted for others and not its business.
+pub(crate) fn detach(dir: &Path) -> Result<(), Error> {
+    match umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(Error::path("unmount", dir)(errno.into())),
+    }
 }
 
 /// Binds `source`, a file or a directory with all that is mounted below it, to `target`, which must not exist yet.

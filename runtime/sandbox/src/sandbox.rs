@@ -5,6 +5,7 @@
 //! sandboxes/<id>/
 //!   control.sock  the VM process's control socket
 //!   vsock.sock    connections to the guest
+//!   vm.pid        the VM process, as long as control.sock accepts connections
 //!   shared/       all of the host that the guest sees
 //!   end.json      why the VM ended
 //! ```
@@ -26,7 +27,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::{Agent, Error, Home, Id, Shared, Streams, Wiring, host, shared};
+use crate::{Agent, Error, Home, Id, Shared, Streams, Wiring, host, mounts, shared};
 
 /// How long a VM process that was told to end may take before it is killed, milliseconds.
 const END_TIMEOUT_MS: u16 = 5_000;
@@ -86,15 +87,21 @@ impl Sandbox {
         &self.dir
     }
 
+    fn pid_file(&self) -> PathBuf {
+        self.dir.join("vm.pid")
+    }
+
     fn shared(&self) -> PathBuf {
         self.dir.join("shared")
     }
 
-    /// Makes a container's part of the shared directory.
+    /// Makes a container's part of the shared directory. To be called once, by a process that has a mount namespace of its own
+    /// ([`enter_private_namespace`](crate::enter_private_namespace)).
     ///
     /// # Errors
     /// When it exists or cannot be written.
     pub fn share(&self, container: &Id) -> Result<Shared, Error> {
+        mounts::attach(&self.shared())?;
         Shared::create(&self.shared(), container)
     }
 
@@ -137,6 +144,8 @@ impl Sandbox {
             log: None,
         })
         .map_err(Error::Launch)?;
+        let pid_file = self.pid_file();
+        fs::write(&pid_file, process.pid().to_string()).map_err(Error::path("write", &pid_file))?;
         let exited = process
             .pidfd()
             .try_clone_to_owned()
@@ -193,31 +202,34 @@ impl Sandbox {
         read_end(&self.dir).map_err(Error::EndFile)
     }
 
-    /// Ends the VM, whoever launched it, and waits until its process is gone.
+    /// Ends the VM, whoever launched it, waits until its process is gone, and takes away what was mounted for it.
     ///
     /// # Errors
-    /// When the process survives a SIGKILL.
+    /// When the process survives a SIGKILL, or a mount cannot be taken away.
     pub fn kill(&self) -> Result<(), Error> {
         // Nobody listens on the socket of a VM process that has ended.
-        let Ok(control) = self.control() else {
-            return Ok(());
-        };
-        let pid = control.status().map(|status| status.pid);
-        // A VM process too broken to answer is killed below.
-        let _ = control.kill();
-        if hung_up(&control, END_TIMEOUT_MS)? {
-            return Ok(());
+        if let Ok(control) = self.control() {
+            self.end_process(&control)?;
         }
-        if let Ok(pid) = pid {
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
-        if hung_up(&control, END_TIMEOUT_MS)? {
+        // The mounts are for the sandbox's own processes, of which the caller may be one.
+        mounts::detach(&self.shared())
+    }
+
+    fn end_process(&self, control: &ControlClient) -> Result<(), Error> {
+        // One that does not answer is killed below.
+        let asked = control.kill();
+        if asked.is_ok() && hung_up(control, END_TIMEOUT_MS)? {
             return Ok(());
         }
-        Err(Error::system("end the VM process")(io::Error::from(
-            io::ErrorKind::TimedOut,
-        )))
+        // The pid is right, for the process still held its socket a moment ago.
+        let pid = fs::read_to_string(self.pid_file()).ok();
+        if let Some(pid) = pid.and_then(|pid| pid.parse().ok()) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        if hung_up(control, END_TIMEOUT_MS)? {
+            return Ok(());
+        }
+        Err(Error::system("end the VM process")(io::ErrorKind::TimedOut.into()))
     }
 
     /// Ends the VM if it runs and removes the sandbox's directory; a sandbox that does not exist is removed already.
@@ -226,13 +238,9 @@ impl Sandbox {
     /// When something of it cannot be removed.
     pub fn remove(&self) -> Result<(), Error> {
         self.kill()?;
-        // The mounts below are in the namespace of processes that are gone; what is left are plain directories.
-        match fs::remove_dir_all(&self.dir) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Error::path("remove the directory", &self.dir)(e))
-            }
-            _ => Ok(()),
-        }
+        // What is mounted below is mounted for the sandbox's own processes, of which the caller may be one.
+        mounts::detach(&self.shared())?;
+        cloison_image::remove_tree(&self.dir).map_err(Error::path("remove the directory", &self.dir))
     }
 
     /// The sandbox's ID.
