@@ -63,6 +63,8 @@ pub(super) struct Connection {
     owes_credit: bool,
     /// We asked for the guest's, and it has not answered.
     asked_credit: bool,
+    /// See [`Connection::appetite`].
+    appetite: usize,
 }
 
 impl Connection {
@@ -94,6 +96,7 @@ impl Connection {
             told_shutdown: Shutdown::NONE,
             owes_credit: false,
             asked_credit: false,
+            appetite: 0,
         }
     }
 
@@ -126,8 +129,14 @@ impl Connection {
         }
     }
 
-    /// The next packet for the guest. A packet's payload is read into `room`, which lies behind the space for the header;
-    /// a header that is answered has its final length.
+    /// How much room a packet's payload should have, in bytes. It doubles with each payload that filled its room, up to
+    /// [`MAX_PAYLOAD`], so that much data needs few system calls and a line typed needs one buffer.
+    pub(super) fn appetite(&self) -> usize {
+        self.appetite
+    }
+
+    /// The next packet for the guest. Its payload is read into `room`; the header has the payload's length, which may be that
+    /// of several packets' if the room is in several buffers.
     pub(super) fn next_packet(&mut self, room: &mut Segments<'_>) -> Option<Header> {
         match self.phase {
             Phase::Requesting => {
@@ -190,8 +199,15 @@ impl Connection {
     /// Reads at most `credit` bytes into `room`; answers how many, at least one, if there were any.
     fn read_source(&mut self, room: &mut Segments<'_>, credit: usize) -> Option<u32> {
         room.truncate(credit.min(MAX_PAYLOAD));
+        let filled = self.appetite.max(room.len());
+        self.appetite = 0;
         match self.host.source.as_mut()?.read(room) {
-            Read::Bytes(count) => u32::try_from(count).ok(),
+            Read::Bytes(count) => {
+                if count == room.len() {
+                    self.appetite = (2 * filled).min(MAX_PAYLOAD);
+                }
+                u32::try_from(count).ok()
+            }
             Read::Blocked => None,
             Read::End => {
                 self.host.source = None;
@@ -296,7 +312,7 @@ impl Connection {
 
     /// The guest has reset the stream.
     fn on_reset(&mut self) {
-        if self.phase == Phase::Requested {
+        if matches!(self.phase, Phase::Requesting | Phase::Requested) {
             self.tell_client("the guest refused the connection");
         }
         self.phase = Phase::Gone;

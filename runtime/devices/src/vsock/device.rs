@@ -5,17 +5,17 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
-use tracing::{debug, trace};
+use tracing::debug;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use virtio_queue::QueueT;
 
 use super::attachment::VsockHandle;
 use super::connection::{Connection, Key};
 use super::host::{Client, HostSide, Token};
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
+use super::rings::{Buffers, give_back, next_chain};
 use super::segments::{Direction, Segments};
 use super::table::Table;
 use super::{GUEST_CID, QUEUE_SIZE, VsockConfig, VsockError};
@@ -50,6 +50,14 @@ const STATE_VERSION: u32 = 1;
 pub struct VsockState {
     version: u32,
     acked_features: u64,
+}
+
+/// What there is for the guest.
+enum Next {
+    Packet(Header),
+    /// Data, for which the buffers at hand have no room.
+    TooSmall,
+    Nothing,
 }
 
 /// A virtio-vsock device.
@@ -264,61 +272,49 @@ impl Vsock {
         if !ctx.queues[RX].ready() {
             return Ok((false, false));
         }
-        let mut any = false;
-        for _ in 0..PACKETS_PER_CALL {
-            if self.refusals.is_empty() && !self.streams.has_turn() {
-                return Ok((any, false));
-            }
-            let Some(chain) = next_chain(ctx, RX)? else {
-                return Ok((any, false));
+        let mut used = 0;
+        while used < PACKETS_PER_CALL {
+            let wanted = match (self.refusals.is_empty(), self.streams.appetite()) {
+                (false, _) => 0,
+                (true, Some(appetite)) => appetite,
+                (true, None) => return Ok((used > 0, false)),
             };
-            let head = chain.head_index();
-            let memory = ctx.memory;
-            let written = match Segments::new(memory, chain, Direction::Writable) {
-                Ok(buffer) => self.next_packet(buffer),
-                Err(reason) => {
-                    debug!(%reason, "giving back a buffer of the guest's unused");
-                    Some(0)
-                }
+            let Some(mut buffers) = Buffers::take(ctx, RX, wanted)? else {
+                return Ok((used > 0, false));
             };
-            match written {
-                Some(len) => {
-                    give_back(ctx, RX, head, len)?;
-                    any = true;
-                }
-                None => ctx.queues[RX].go_to_previous_position(),
-            }
+            let next = if buffers.usable() {
+                self.next_packet(&mut buffers.room)
+            } else {
+                Next::TooSmall
+            };
+            used += match next {
+                Next::Packet(header) => buffers.send(ctx, header)?,
+                Next::TooSmall => buffers.give_back_first(ctx)?,
+                Next::Nothing => buffers.put_back(ctx),
+            };
         }
-        Ok((any, true))
+        Ok((true, true))
     }
 
-    /// Writes the next packet for the guest into `buffer` and answers its length, zero if `buffer` is too small to be of use;
-    /// nothing if there is no packet after all.
-    fn next_packet(&mut self, mut buffer: Segments<'_>) -> Option<u32> {
-        let mut room = buffer.split_off(HEADER_LEN);
-        if buffer.len() < HEADER_LEN {
-            return Some(0);
+    /// The next packet for the guest, its payload in `room`.
+    fn next_packet(&mut self, room: &mut Segments<'_>) -> Next {
+        if let Some(refusal) = self.refusals.pop_front() {
+            return Next::Packet(refusal);
         }
-        let header = match self.refusals.pop_front() {
-            Some(refusal) => refusal,
-            None => loop {
-                let id = self.streams.next_turn()?;
-                let no_room = room.len() == 0;
-                let found = self.streams.update(id, |stream| {
-                    let packet = stream.next_packet(&mut room);
-                    (packet, no_room && stream.has_packet())
+        let no_room = room.len() == 0;
+        while let Some(id) = self.streams.next_turn() {
+            let found = self
+                .streams
+                .update(id, |stream| match stream.next_packet(room) {
+                    Some(header) => Next::Packet(header),
+                    None if no_room && stream.has_packet() => Next::TooSmall,
+                    None => Next::Nothing,
                 });
-                match found {
-                    Some((Some(header), _)) => break header,
-                    // The stream has data, for which another buffer may have room.
-                    Some((None, true)) => return Some(0),
-                    _ => {}
-                }
-            },
-        };
-        trace!(?header, "to the guest");
-        buffer.copy_from(&header.to_bytes());
-        Some(HEADER_LEN as u32 + header.len)
+            if let Some(next @ (Next::Packet(_) | Next::TooSmall)) = found {
+                return next;
+            }
+        }
+        Next::Nothing
     }
 
     /// Tells the guest that all streams are gone; answers whether it could be told.
@@ -354,7 +350,7 @@ impl Vsock {
     }
 
     pub(super) fn owes_packets(&self) -> bool {
-        self.streams.has_turn() || !self.refusals.is_empty()
+        self.streams.appetite().is_some() || !self.refusals.is_empty()
     }
 }
 
@@ -433,40 +429,5 @@ impl Device for Vsock {
 impl Drop for Vsock {
     fn drop(&mut self) {
         self.attachments.end();
-    }
-}
-
-/// The next chain the guest has made available in queue `index`. When there is none, the guest is asked to say when there is.
-fn next_chain<'m>(
-    ctx: &mut Context<'m, '_>,
-    index: usize,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Broken> {
-    let memory = ctx.memory;
-    let queue = &mut ctx.queues[index];
-    if let Some(chain) = queue.iter(memory).map_err(broken)?.next() {
-        return Ok(Some(chain));
-    }
-    if !queue.enable_notification(memory).map_err(broken)? {
-        return Ok(None);
-    }
-    match queue.iter(memory).map_err(broken)?.next() {
-        Some(chain) => Ok(Some(chain)),
-        // There is a chain by the ring's index and none in the ring: the ring itself cannot be read.
-        None => Err(broken(virtio_queue::Error::InvalidAvailRingIndex)),
-    }
-}
-
-/// Gives chain `head` back to the guest with `len` bytes written.
-fn give_back(ctx: &mut Context<'_, '_>, index: usize, head: u16, len: u32) -> Result<(), Broken> {
-    ctx.queues[index]
-        .add_used(ctx.memory, head, len)
-        .map_err(broken)
-}
-
-/// A ring that cannot be used: its index runs ahead of its size, it is not in memory, it names no descriptor.
-fn broken(error: virtio_queue::Error) -> Broken {
-    Broken {
-        device: "vsock",
-        what: error.to_string(),
     }
 }

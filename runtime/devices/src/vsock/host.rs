@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, accept4, connect, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use tracing::warn;
 
 use super::VsockError;
@@ -170,12 +170,9 @@ impl HostSide {
             let Some(listener) = &self.listener else {
                 return;
             };
-            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-            let client = match accept4(listener.as_raw_fd(), flags) {
-                // SAFETY: the descriptor was made by this very call, and nobody else knows of it.
-                Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
-                Err(Errno::EAGAIN) => return,
-                Err(Errno::EINTR | Errno::ECONNABORTED) => continue,
+            let client = match listener.accept() {
+                Ok((client, _)) => Checked::socket(client.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     warn!(%error, "a client of the guest's vsock could not be let in");
                     return;
@@ -183,12 +180,7 @@ impl HostSide {
             };
             let id = self.next_id();
             let token = Token::Client(id).to_data();
-            match Watched::new(
-                Checked::socket(client),
-                &self.epoll,
-                token,
-                EpollFlags::EPOLLIN,
-            ) {
+            match Watched::new(client, &self.epoll, token, EpollFlags::EPOLLIN) {
                 Ok(client) => {
                     if self.handshakes.len() >= MAX_HANDSHAKES
                         && let Some((_, oldest)) = self.handshakes.pop_first()

@@ -10,6 +10,8 @@
 //!
 //! The process must ignore SIGPIPE, as a Rust `main` does, and watch [`Device::host_fd`](crate::Device::host_fd) level-triggered.
 
+#![deny(unsafe_code)]
+
 mod attachment;
 mod connection;
 mod credit;
@@ -17,8 +19,10 @@ mod descriptor;
 mod device;
 mod handshake;
 mod host;
+#[allow(unsafe_code)]
 mod io;
 mod packet;
+mod rings;
 mod segments;
 mod stream;
 mod table;

@@ -34,7 +34,7 @@ pub(super) enum Malformed {
 }
 
 /// Pieces of guest memory, in order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Segments<'m> {
     pieces: Vec<VolatileSlice<'m>>,
     len: usize,
@@ -90,6 +90,12 @@ impl<'m> Segments<'m> {
     /// The pieces, in order.
     pub(super) fn pieces(&self) -> &[VolatileSlice<'m>] {
         &self.pieces
+    }
+
+    /// Puts `more` behind what is here.
+    pub(super) fn append(&mut self, mut more: Self) {
+        self.pieces.append(&mut more.pieces);
+        self.len += more.len;
     }
 
     /// Leaves at most the first `len` bytes.
@@ -152,5 +158,72 @@ impl<'m> Segments<'m> {
             done += count;
         }
         done
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use vm_memory::GuestAddress;
+
+    /// Pieces of the given sizes, one after the other in memory that counts up from zero.
+    fn counting<'m>(memory: &'m GuestMemoryMmap, sizes: &[usize]) -> Segments<'m> {
+        let mut segments = Segments::default();
+        for &size in sizes {
+            let addr = GuestAddress(segments.len as u64);
+            let piece = memory.get_slice(addr, size).unwrap();
+            segments.append(Segments {
+                pieces: vec![piece],
+                len: size,
+            });
+        }
+        let bytes: Vec<u8> = (0..segments.len()).map(|i| i as u8).collect();
+        assert_eq!(segments.copy_from(&bytes), bytes.len());
+        segments
+    }
+
+    fn bytes(segments: &Segments<'_>) -> Vec<u8> {
+        let mut bytes = vec![0; segments.len() + 10];
+        let count = segments.copy_to(&mut bytes);
+        assert_eq!(count, segments.len());
+        bytes.truncate(count);
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn cutting_loses_no_byte_and_makes_none(
+            sizes in prop::collection::vec(0..20usize, 0..6),
+            at in 0..130usize,
+        ) {
+            let ranges = [(GuestAddress(0), 4096)];
+            let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+            let whole = bytes(&counting(&memory, &sizes));
+            let cut = at.min(whole.len());
+
+            let mut front = counting(&memory, &sizes);
+            let back = front.split_off(at);
+            prop_assert_eq!(bytes(&front), &whole[..cut]);
+            prop_assert_eq!(bytes(&back), &whole[cut..]);
+            front.append(back);
+            prop_assert_eq!(bytes(&front), &whole[..]);
+
+            front.truncate(at);
+            prop_assert_eq!(bytes(&front), &whole[..cut]);
+            let mut rest = counting(&memory, &sizes);
+            rest.advance(at);
+            prop_assert_eq!(bytes(&rest), &whole[cut..]);
+        }
+
+        #[test]
+        fn copies_stop_at_the_shorter_side(size in 0..20usize, other in 0..20usize) {
+            let ranges = [(GuestAddress(0), 4096)];
+            let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+            let segments = counting(&memory, &[size]);
+            prop_assert_eq!(segments.copy_to(&mut vec![0; other]), size.min(other));
+            prop_assert_eq!(segments.copy_from(&vec![0; other]), size.min(other));
+        }
     }
 }

@@ -104,9 +104,10 @@ impl Table {
         Some(result)
     }
 
-    /// Whether a stream waits for its turn.
-    pub(super) fn has_turn(&self) -> bool {
-        !self.turns.is_empty()
+    /// How much room for data the stream whose turn is next would like, in bytes; nothing when none waits for its turn.
+    pub(super) fn appetite(&self) -> Option<usize> {
+        let id = self.turns.front()?;
+        Some(self.entries.get(id)?.connection.appetite())
     }
 
     /// The stream whose turn it is; it loses the turn, and [`Table::update`] gives it another.

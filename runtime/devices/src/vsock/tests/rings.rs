@@ -231,10 +231,10 @@ fn indirect_tables_that_are_none_are_dropped() {
         flags: INDIRECT,
         next: 0,
     };
-    let nested = |rig: &mut Rig| {
+    let nested = move |rig: &mut Rig| {
         rig.guest.place_table(TX, &[table(0x10_0000, 16)]);
     };
-    let looped = |rig: &mut Rig| {
+    let looped = move |rig: &mut Rig| {
         rig.guest.place_table(
             TX,
             &[Descriptor {
@@ -244,7 +244,7 @@ fn indirect_tables_that_are_none_are_dropped() {
             }],
         );
     };
-    let beyond = |rig: &mut Rig| {
+    let beyond = move |rig: &mut Rig| {
         rig.guest.place_table(
             TX,
             &[Descriptor {
@@ -259,7 +259,8 @@ fn indirect_tables_that_are_none_are_dropped() {
             rig.guest.place_raw(TX, &[descriptor]);
         }
     };
-    let cases: Vec<Box<dyn Fn(&mut Rig)>> = vec![
+    type Case = Box<dyn Fn(&mut Rig)>;
+    let cases: Vec<Case> = vec![
         Box::new(nested),
         Box::new(looped),
         Box::new(beyond),
