@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use cloison_devices::Attachment;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{AccessFlags, Pid, access};
+use tracing::level_filters::LevelFilter;
 
 use crate::end::{self, End, EndFileError};
 use crate::handoff::{self, Handoff, MAX_EARLY_ATTACHMENTS};
@@ -143,7 +144,7 @@ pub fn launch(launch: Launch<'_>) -> Result<VmProcess, LaunchError> {
     let handoff = Handoff {
         spec,
         shared,
-        log_level: tracing::level_filters::LevelFilter::current().to_string(),
+        log_level: LevelFilter::current().max(LevelFilter::INFO).to_string(),
         end,
         control,
         vsock,

@@ -148,7 +148,7 @@ fn start(
     let lock_in = || lock_in().map_err(system("give up what a VM process does not need"));
     match spec.engine {
         Engine::Software => {
-            let (mut qemu, sockets) = Qemu::spawn(spec, &devices, log.clone(), stop.clone())?;
+            let (mut qemu, sockets) = Qemu::spawn(spec, log.clone(), stop.clone())?;
             lock_in()?;
             qemu.serve(devices, sockets)?;
             Ok(Box::new(qemu))

@@ -31,7 +31,7 @@ pub(super) struct Inherited {
 }
 
 /// The arguments after the program's name.
-pub(super) fn arguments(spec: &VmSpec, inherited: Inherited, fs_queue_size: u16) -> Vec<OsString> {
+pub(super) fn arguments(spec: &VmSpec, inherited: Inherited) -> Vec<OsString> {
     let Inherited { fs, vsock, console } = inherited;
     let memory = spec.memory_mib;
     let pairs = [
@@ -61,7 +61,7 @@ pub(super) fn arguments(spec: &VmSpec, inherited: Inherited, fs_queue_size: u16)
         ("-chardev", format!("socket,id=fs,fd={fs}")),
         (
             "-device",
-            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG},queue-size={fs_queue_size}"),
+            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG}"),
         ),
         ("-chardev", format!("socket,id=vsock,fd={vsock}")),
         ("-device", "vhost-user-vsock-device,chardev=vsock".into()),
@@ -109,7 +109,6 @@ mod tests {
                 vsock: 11,
                 console: 12,
             },
-            512,
         );
         let after = |option: &str| {
             let at = line.iter().position(|word| word == option).unwrap();

@@ -81,7 +81,6 @@ impl Qemu {
     /// thread that started it.
     pub(crate) fn spawn(
         spec: &VmSpec,
-        devices: &Devices,
         log: KernelLog,
         stop: Stop,
     ) -> Result<(Self, Sockets), SoftwareError> {
@@ -97,12 +96,10 @@ impl Qemu {
             vsock: vsock_of_qemu.as_raw_fd(),
             console: console_of_qemu.as_raw_fd(),
         };
-        let fs_queue_size = devices.fs.queue_sizes().iter().copied().min().unwrap_or(1);
-        let mut child =
-            spawn(spec, inherited, fs_queue_size).map_err(|source| SoftwareError::Start {
-                path: spec.qemu.clone(),
-                source,
-            })?;
+        let mut child = spawn(spec, inherited).map_err(|source| SoftwareError::Start {
+            path: spec.qemu.clone(),
+            source,
+        })?;
         let pidfd = sys::pidfd_open(child.id()).map_err(SoftwareError::Connect)?;
         let missing = || SoftwareError::Connect(io::ErrorKind::BrokenPipe.into());
         let stderr = child.stderr.take().ok_or_else(missing)?;
@@ -305,12 +302,12 @@ fn take_some(from: &mut impl Read, take: impl FnOnce(&[u8])) -> Took {
     }
 }
 
-fn spawn(spec: &VmSpec, inherited: Inherited, fs_queue_size: u16) -> io::Result<Child> {
+fn spawn(spec: &VmSpec, inherited: Inherited) -> io::Result<Child> {
     let parent = Pid::this();
     let fds = [inherited.fs, inherited.vsock, inherited.console];
     let mut command = Command::new(&spec.qemu);
     command
-        .args(arguments(spec, inherited, fs_queue_size))
+        .args(arguments(spec, inherited))
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

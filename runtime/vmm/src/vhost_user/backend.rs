@@ -26,6 +26,10 @@ use super::{ServeError, system};
 /// The most bytes of configuration space that are handed out at once; no device here has a tenth of that.
 const MAX_CONFIG: u32 = 256;
 
+/// The size of queue that QEMU's virtio-mmio transport offers to the guest whatever the device would like
+/// (VIRTQUEUE_MAX_SIZE).
+const QEMU_QUEUE_SIZE: u16 = 1024;
+
 /// Where QEMU has a piece of guest memory, for rings are told by QEMU's own addresses.
 struct Mapping {
     qemu: u64,
@@ -56,7 +60,7 @@ impl Backend {
             .queue_sizes()
             .iter()
             .enumerate()
-            .map(|(index, &size)| Ring::new(index, size, Arc::clone(&epoll)))
+            .map(|(index, &size)| Ring::new(index, size.max(QEMU_QUEUE_SIZE), Arc::clone(&epoll)))
             .collect::<std::result::Result<_, _>>()
             .map_err(ServeError::Queue)?;
         Ok(Self {

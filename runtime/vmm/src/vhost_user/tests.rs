@@ -313,7 +313,7 @@ fn a_broken_device_is_silent_until_the_guest_resets_it() {
 fn rings_that_make_no_sense_stay_silent_and_can_be_set_up_again() {
     for (size, descriptors) in [
         (3, DESCRIPTORS),
-        (16, DESCRIPTORS),
+        (2048, DESCRIPTORS),
         (QUEUE_SIZE, MEMORY - 16),
     ] {
         let mut peer = Peer::new();

@@ -2,6 +2,9 @@
 //! another name. Tests that boot a guest need QEMU, `dist/vmlinux` and busybox-static; without them they are skipped with a
 //! word, or fail if CLOISON_REQUIRE_GUEST is set.
 
+#![allow(clippy::unwrap_used, reason = "a failure here fails the test")]
+
+mod agent;
 mod control;
 mod engine;
 mod guest;
@@ -19,7 +22,7 @@ fn main() -> ExitCode {
         return cloison_vmm::vm_main();
     }
     let filters: Vec<String> = args.filter(|word| !word.starts_with('-')).collect();
-    let tests = [control::TESTS, engine::TESTS, guest::TESTS].concat();
+    let tests = [control::TESTS, engine::TESTS, guest::TESTS, agent::TESTS].concat();
     let chosen = tests.iter().filter(|(name, _)| {
         filters.is_empty() || filters.iter().any(|filter| name.contains(filter))
     });

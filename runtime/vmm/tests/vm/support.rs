@@ -154,7 +154,11 @@ pub fn pidfd(pid: u32) -> OwnedFd {
     }
 }
 
+/// Where the guest's kernel and initramfs are: CLOISON_DIST, or else this tree's own.
 fn dist() -> PathBuf {
+    if let Some(dist) = std::env::var_os("CLOISON_DIST") {
+        return dist.into();
+    }
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist")
 }
 
