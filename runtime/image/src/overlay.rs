@@ -250,7 +250,11 @@ mod tests {
         for path in &lower {
             fs::write(path.join("file"), path.file_name().unwrap().as_bytes()).unwrap();
         }
-        let layers = Layers { lower: &lower, upper: &at("upper"), work: &at("work") };
+        let layers = Layers {
+            lower: &lower,
+            upper: &at("upper"),
+            work: &at("work"),
+        };
         layers.mount_by_options(&at("rootfs"), false)?;
         let found = fs::read_to_string(at("rootfs/file")).unwrap();
         RootFs::at(&at("rootfs")).unmount().unwrap();
