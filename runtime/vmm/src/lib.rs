@@ -7,6 +7,7 @@ mod devices;
 mod end;
 mod handoff;
 mod kernel_log;
+mod kvm;
 mod launch;
 mod lock_in;
 mod machine;
