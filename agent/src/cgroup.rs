@@ -5,7 +5,6 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::sys::uio::pread;
 use tokio::io::Interest;
 
@@ -71,7 +70,7 @@ impl Cgroup {
     /// Kills everything in here, frozen or not.
     pub fn kill(&self) -> io::Result<()> {
         match self.write("cgroup.kill", "1") {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if is_gone(&error) => Ok(()),
             result => result,
         }
     }
@@ -86,7 +85,7 @@ impl Cgroup {
     /// Waits until no process is left in here.
     pub async fn emptied(&self) -> io::Result<()> {
         match self.wait_event("populated", 0).await {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if is_gone(&error) => Ok(()),
             result => result,
         }
     }
@@ -96,7 +95,7 @@ impl Cgroup {
         // Children come after their parents in the walk, so backwards they go first.
         for directory in self.walk().iter().rev() {
             match fs::remove_dir(directory) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Err(error) if !is_gone(&error) => return Err(error),
                 _ => {}
             }
         }
@@ -165,16 +164,18 @@ impl Cgroup {
         // Two short lines (Linux 6.12).
         let mut text = [0; 256];
         loop {
-            let length = match pread(file.get_ref(), &mut text, 0) {
-                Err(Errno::ENODEV) => return Err(io::ErrorKind::NotFound.into()),
-                length => length?,
-            };
+            let length = pread(file.get_ref(), &mut text, 0)?;
             if value(&String::from_utf8_lossy(&text[..length]), key) == Some(wanted) {
                 return Ok(());
             }
             file.ready(Interest::PRIORITY).await?.clear_ready();
         }
     }
+}
+
+/// A cgroup that was removed has no files; those still open fail with ENODEV.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
 }
 
 /// The number after `key` in a file of `key number` lines.

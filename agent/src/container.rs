@@ -250,7 +250,10 @@ impl Container {
             stdio: stdio.for_helper(),
             workload: spec.workload,
         });
+        // libcontainer rewrites the container's state in place, and a second helper must not read it half written.
+        let changing = self.changing.lock().await;
         let launched = self.launch(request, stdio).await;
+        drop(changing);
         // The helper has read it.
         let _ = fs::remove_file(&file);
         launched.map(|(process, _)| process)

@@ -10,6 +10,7 @@ mod dirs;
 mod error;
 pub mod helper;
 mod ids;
+pub mod init;
 mod process;
 mod pump;
 mod reaper;

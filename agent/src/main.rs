@@ -1,15 +1,22 @@
-//! The agent's executable: the guest's init, or, with an argument only the agent itself gives, its helper.
+//! The agent's executable: the guest's init, or, with an argument only the agent itself gives, its helper, or, by another name,
+//! a container's init.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use cloison_agent::connect::{self, Host, Listener};
-use cloison_agent::{Reaper, Service, Shared, boot, chain, helper, server};
+use cloison_agent::{Reaper, Service, Shared, boot, chain, helper, init, server};
 use cloison_agent_api::AGENT_PORT;
 use nix::sys::reboot::{RebootMode, reboot};
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let called = arguments.next().unwrap_or_default();
+    if Path::new(&called).file_name() == Some(init::NAME.as_ref()) {
+        return init::main(arguments);
+    }
     let mut arguments = std::env::args().skip(1);
     if arguments.next().as_deref() == Some(helper::ARGUMENT) {
         return helper::main(arguments);

@@ -231,7 +231,7 @@ fn split(
             _ => defaults.rlimits.clone(),
         },
         seccomp: defaults.seccomp.clone(),
-        window,
+        window: window.filter(|_| process.terminal() == Some(true)),
         new_network: false,
     };
 

@@ -88,12 +88,21 @@ fn an_exec_inherits_what_it_does_not_say() {
     let parsed = exec(process.to_string().as_bytes(), &defaults, Some((80, 24))).unwrap();
     assert_eq!(parsed.workload.uid, 7);
     assert_eq!(parsed.workload.rlimits.len(), 1);
-    assert_eq!(parsed.workload.window, Some((80, 24)));
+    assert_eq!(parsed.workload.window, None);
     assert!(parsed.workload.capabilities.bounding().is_some());
     assert!(parsed.workload.seccomp.is_some());
     assert!(!parsed.workload.make_cwd);
     let process: Process = serde_json::from_slice(&parsed.process).unwrap();
     assert_eq!(process.no_new_privileges(), Some(true));
+}
+
+#[test]
+fn only_a_terminal_has_a_size() {
+    for (terminal, window) in [(true, Some((80, 24))), (false, None)] {
+        let spec = with("/process", "terminal", json!(terminal)).to_string();
+        let parsed = container(&id(), spec.as_bytes(), Some((80, 24))).unwrap();
+        assert_eq!(parsed.workload.window, window);
+    }
 }
 
 #[test]
