@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags, statx};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Open only as a place in the file system: nothing is read, no device is opened, no link is followed.
 pub const PLACE: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -52,6 +53,10 @@ pub fn stat_at(dir: impl AsFd, name: &CStr) -> io::Result<Statx> {
     Ok(statx(dir, name, flags, mask)?)
 }
 
+/// How long ago a file must have been modified for its time to tell the next modification from that one, in seconds. Clocks
+/// of file systems go in steps, of two seconds at most (FAT).
+const SETTLED: i64 = 2;
+
 /// When and how large a file was: if neither has changed, what the guest has cached of it still holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
@@ -60,11 +65,13 @@ pub struct Version {
 }
 
 impl Version {
-    /// The version in `stat`.
-    pub fn of(stat: &Statx) -> Self {
-        Self {
-            modified: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+    /// The version in `stat`, or `None` if the file may yet be modified without a sign of it.
+    pub fn of(stat: &Statx) -> Option<Self> {
+        let modified = (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec);
+        let now = clock_gettime(ClockId::RealtimeCoarse).tv_sec;
+        (modified.0.saturating_add(SETTLED) < now).then_some(Self {
+            modified,
             size: stat.stx_size,
-        }
+        })
     }
 }

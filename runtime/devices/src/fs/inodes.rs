@@ -256,10 +256,11 @@ impl Inodes {
     }
 
     /// The guest opens `node`, whose content is in `version`: whether what it has cached of it still holds.
-    pub fn cache_holds(&mut self, node: NodeId, version: Version) -> bool {
-        self.nodes
-            .get_mut(&node)
-            .is_some_and(|inode| inode.cached.replace(version) == Some(version))
+    pub fn cache_holds(&mut self, node: NodeId, version: Option<Version>) -> bool {
+        self.nodes.get_mut(&node).is_some_and(|inode| {
+            let before = std::mem::replace(&mut inode.cached, version);
+            before.is_some() && before == version
+        })
     }
 
     /// Adds a file that is not known, with no place and not counted as looked up.

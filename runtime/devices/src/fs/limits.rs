@@ -2,10 +2,13 @@
 
 use rustix::process::{Resource, getrlimit};
 
-/// Most files and directories the guest may know at once, by default. An entry is about 200 bytes.
+/// Most files and directories the guest may know at once, by default. One takes about 300 bytes.
 const INODES: usize = 1 << 19;
-/// Most descriptors of either kind, however many the process may have.
-const MOST_DESCRIPTORS: usize = 1 << 16;
+/// Most descriptors on files the guest has not opened, however many the process may have. Each keeps an inode in the host's
+/// memory, and one that is missed costs two system calls.
+const MOST_DESCRIPTORS: usize = 1 << 14;
+/// Most open files, however many descriptors the process may have.
+const MOST_OPEN: usize = 1 << 16;
 /// Fewest descriptors of either kind that a guest can work with.
 const FEWEST_DESCRIPTORS: usize = 64;
 
@@ -28,11 +31,11 @@ impl FsLimits {
             .current
             .and_then(|n| usize::try_from(n).ok())
             .unwrap_or(usize::MAX);
-        let each = (all / 5 * 2).clamp(FEWEST_DESCRIPTORS, MOST_DESCRIPTORS);
+        let each = all / 5 * 2;
         Self {
             inodes: INODES,
-            descriptors: each,
-            open: each,
+            descriptors: each.clamp(FEWEST_DESCRIPTORS, MOST_DESCRIPTORS),
+            open: each.clamp(FEWEST_DESCRIPTORS, MOST_OPEN),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::*;
 use vm_memory::ByteValued;
@@ -511,28 +512,50 @@ fn the_file_system_reports_its_room() {
     assert_eq!(u64::from(stat.namelen), host.name_max());
 }
 
+/// Makes the file `at` on the host look modified so many seconds ago.
+fn age(client: &Client, at: &str, seconds: u64) {
+    let file = fs::File::options()
+        .write(true)
+        .open(client.host(at))
+        .unwrap();
+    let then = SystemTime::now() - Duration::from_secs(seconds);
+    file.set_modified(then).unwrap();
+}
+
+/// Whether the guest may keep what it has cached of `file` when it opens it.
+fn keeps_cache(client: &mut Client, file: u64) -> bool {
+    let open = client.open(file, libc::O_RDONLY).unwrap();
+    client.release(file, open.fh).unwrap();
+    OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
+}
+
 #[test]
 fn what_changes_on_the_host_is_seen_at_the_next_open() {
     let mut client = Client::new();
     fs::write(client.host("a"), b"one").unwrap();
+    age(&client, "a", 100);
     let file = client.lookup(ROOT, "a").unwrap().node;
-    let keeps = |client: &mut Client| {
-        let open = client.open(file, libc::O_RDONLY).unwrap();
-        client.release(file, open.fh).unwrap();
-        OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
-    };
-    assert!(!keeps(&mut client), "nothing is cached at first");
-    assert!(keeps(&mut client), "nothing has changed");
-    fs::write(client.host("a"), b"longer").unwrap();
-    assert!(!keeps(&mut client), "the size has changed");
-    assert!(keeps(&mut client));
-    let then = std::time::SystemTime::UNIX_EPOCH;
-    let host = fs::File::options()
-        .write(true)
-        .open(client.host("a"))
-        .unwrap();
-    host.set_modified(then).unwrap();
-    assert!(!keeps(&mut client), "the time has changed");
+    assert!(
+        !keeps_cache(&mut client, file),
+        "nothing is cached at first"
+    );
+    assert!(keeps_cache(&mut client, file), "nothing has changed");
+    fs::write(client.host("a"), b"two").unwrap();
+    age(&client, "a", 90);
+    assert!(!keeps_cache(&mut client, file), "the time has changed");
+    assert!(keeps_cache(&mut client, file));
+}
+
+#[test]
+fn a_file_modified_a_moment_ago_may_be_modified_again_at_the_same_time() {
+    let mut client = Client::new();
+    fs::write(client.host("a"), b"one").unwrap();
+    let file = client.lookup(ROOT, "a").unwrap().node;
+    for seconds in [0, 1] {
+        age(&client, "a", seconds);
+        assert!(!keeps_cache(&mut client, file));
+        assert!(!keeps_cache(&mut client, file));
+    }
 }
 
 #[test]
