@@ -66,8 +66,9 @@ pub enum SpecError {
 }
 
 impl VmSpec {
-    /// The least memory with which the guest's kernel gets as far as its agent, MiB.
-    pub const MIN_MEMORY_MIB: u32 = 48;
+    /// The least memory with which a guest is sure to get as far as its agent, MiB: below about 54 its kernel runs out while it unpacks
+    /// the initramfs.
+    pub const MIN_MEMORY_MIB: u32 = 64;
     /// The most memory a guest may have, MiB: 1 TiB.
     pub const MAX_MEMORY_MIB: u32 = 1 << 20;
     /// The most vCPUs a guest may have.
@@ -130,7 +131,7 @@ mod tests {
         .validate()
         .unwrap_err();
         assert_eq!(error, SpecError::Memory(4));
-        assert!(error.to_string().contains("48 to"), "{error}");
+        assert!(error.to_string().contains("64 to"), "{error}");
     }
 
     #[test]

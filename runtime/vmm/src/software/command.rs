@@ -26,7 +26,7 @@ pub(super) struct Inherited {
     pub(super) fs: RawFd,
     /// Connected vhost-user socket of the vsock device.
     pub(super) vsock: RawFd,
-    /// Connected socket that gets the guest's console.
+    /// Pipe that gets the guest's console.
     pub(super) console: RawFd,
 }
 
@@ -66,7 +66,12 @@ pub(super) fn arguments(spec: &VmSpec, inherited: Inherited) -> Vec<OsString> {
         ("-chardev", format!("socket,id=vsock,fd={vsock}")),
         ("-device", "vhost-user-vsock-device,chardev=vsock".into()),
         ("-device", "virtio-rng-device".into()),
-        ("-chardev", format!("socket,id=console,fd={console}")),
+        // A pipe and not a socket, whose buffer would be full after a few lines: the guest writes sixteen bytes at a time.
+        ("-add-fd", format!("fd={console},set=1")),
+        (
+            "-chardev",
+            "file,id=console,path=/dev/fdset/1,append=on".into(),
+        ),
         ("-device", "virtio-serial-device".into()),
         ("-device", "virtconsole,chardev=console".into()),
     ];

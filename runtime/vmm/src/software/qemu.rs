@@ -1,6 +1,6 @@
 //! The QEMU process: started as early as can be, joined by its devices when they are there, watched, and seen to its end.
 
-use std::io::{self, Read};
+use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -31,7 +31,7 @@ const ADVICE: &str =
     "cloison needs QEMU 5.2 or later with its microvm machine: `apt-get install qemu-system-x86`";
 
 /// Bytes of console or standard error taken at a time.
-const CHUNK: usize = 4 << 10;
+const CHUNK: usize = 8 << 10;
 
 /// Why the software engine could not start.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ pub(crate) struct Qemu {
     path: PathBuf,
     child: Child,
     pidfd: OwnedFd,
-    console: UnixStream,
+    console: PipeReader,
     stderr: ChildStderr,
     said: Transcript,
     log: KernelLog,
@@ -87,10 +87,7 @@ impl Qemu {
         let pair = || UnixStream::pair().map_err(SoftwareError::Connect);
         let (fs, fs_of_qemu) = pair()?;
         let (vsock, vsock_of_qemu) = pair()?;
-        let (console, console_of_qemu) = pair()?;
-        console
-            .set_nonblocking(true)
-            .map_err(SoftwareError::Connect)?;
+        let (console, console_of_qemu) = io::pipe().map_err(SoftwareError::Connect)?;
         let inherited = Inherited {
             fs: fs_of_qemu.as_raw_fd(),
             vsock: vsock_of_qemu.as_raw_fd(),
@@ -103,8 +100,10 @@ impl Qemu {
         let pidfd = sys::pidfd_open(child.id()).map_err(SoftwareError::Connect)?;
         let missing = || SoftwareError::Connect(io::ErrorKind::BrokenPipe.into());
         let stderr = child.stderr.take().ok_or_else(missing)?;
-        let nonblocking = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
-        fcntl(&stderr, nonblocking).map_err(|errno| SoftwareError::Connect(errno.into()))?;
+        for reader in [console.as_fd(), stderr.as_fd()] {
+            let nonblocking = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+            fcntl(reader, nonblocking).map_err(|errno| SoftwareError::Connect(errno.into()))?;
+        }
         let qemu = Self {
             path: spec.qemu.clone(),
             child,
