@@ -137,7 +137,9 @@ impl Container {
     }
 
     async fn try_create(&self, spec: ContainerSpec, ports: Ports) -> Result<Pid> {
-        let stdio = Stdio::open(&*self.shared.connect, ports, spec.terminal).await?;
+        let owner = self.defaults.outside(spec.workload.uid);
+        let terminal = spec.workload.terminal.is_some();
+        let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
         let bundle = bundle(&self.id);
         fs::create_dir_all(dirs::STATE)
             .and_then(|()| fs::create_dir_all(&bundle))
@@ -217,8 +219,11 @@ impl Container {
         ports: Ports,
         window: Option<(u16, u16)>,
     ) -> Result<Pid> {
-        let spec = spec::exec(process, &self.defaults, window)?;
+        let mut spec = spec::exec(process, &self.defaults, window)?;
         self.require("exec in", Status::Running)?;
+        if self.defaults.maps_users() {
+            spec.workload.user_namespace_of = self.init().map(|init| init.pid().as_raw());
+        }
         self.claim(&id)?;
         let result = self.try_exec(&id, spec, ports).await;
         let mut execs = lock(&self.execs);
@@ -241,7 +246,9 @@ impl Container {
         spec: spec::ExecSpec,
         ports: Ports,
     ) -> Result<Arc<Process>> {
-        let stdio = Stdio::open(&*self.shared.connect, ports, spec.terminal).await?;
+        let owner = self.defaults.outside(spec.workload.uid);
+        let terminal = spec.workload.terminal.is_some();
+        let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
         let file = bundle(&self.id).join(format!("exec-{id}.json"));
         fs::write(&file, &spec.process).doing(|| format!("writing {}", file.display()))?;
         let request = Request::Exec(Exec {

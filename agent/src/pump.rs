@@ -65,7 +65,7 @@ pub async fn input(socket: OwnedFd, pipe: OwnedFd) -> io::Result<()> {
 /// Moves what a process writes into a pipe to the host, until every writer is gone or the host wants no more.
 pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Result<()> {
     let pipe = sys::register(pipe, Interest::READABLE)?;
-    let socket = sys::register(socket, Interest::WRITABLE)?;
+    let socket = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
     let mut exited = ending.exited.clone();
     loop {
         let over = *exited.borrow_and_update();
@@ -78,6 +78,7 @@ pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Resul
                 }
                 tokio::select! {
                     result = both(&pipe, &socket) => result?,
+                    result = refused(&socket) => return result,
                     Ok(()) = exited.changed() => {}
                 }
             }
@@ -89,7 +90,7 @@ pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Resul
 }
 
 /// Moves bytes both ways between a terminal and one stream, until no process has the terminal open or the host
-/// reads no more. The end of the host's input is no end for a terminal.
+/// reads no more: then the terminal is hung up. The end of the host's input is no end for a terminal.
 pub async fn terminal(
     terminal: Arc<AsyncFd<OwnedFd>>,
     socket: OwnedFd,
@@ -98,13 +99,13 @@ pub async fn terminal(
     let socket = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
     let output = terminal_output(&terminal, &socket, ending);
     let input = async {
-        // Input that fails is over; the output decides how long the terminal lives.
+        // Input that fails is over; the terminal lives as long as somebody wants its output.
         let _ = terminal_input(&socket, &terminal).await;
-        std::future::pending::<()>().await;
+        refused(&socket).await
     };
     let result = tokio::select! {
         result = output => result,
-        () = input => Ok(()),
+        result = input => result,
     };
     // What was sent stays in order before the end of the stream.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
@@ -200,6 +201,19 @@ async fn until(fd: &AsyncFd<OwnedFd>, interest: Interest, flags: PollFlags) -> i
             return Ok(());
         }
         remembered.clear_ready();
+    }
+}
+
+/// Waits until the peer of a socket takes nothing more. Whoever calls this reads no more from the socket.
+async fn refused(socket: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        // Everything a peer can do to its side wakes a reader; that it reads no more has no event of its own, but then
+        // a send fails, an empty one too.
+        socket.ready(Interest::READABLE).await?.clear_ready();
+        match send(socket.as_raw_fd(), &[], MsgFlags::MSG_NOSIGNAL) {
+            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(_) => return Ok(()),
+        }
     }
 }
 

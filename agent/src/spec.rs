@@ -11,19 +11,20 @@
 //! - sets rlimits before its own set-up, which then runs under them,
 //! - needs the working directory to exist,
 //! - leaves stdio and terminal owned by root,
+//! - leaves an exec outside the container's user namespace,
 //! - looks names up through the C library, which in a static program loads the container's own NSS modules.
 
 use std::path::{Component, Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
-    LinuxCapabilities, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, PosixRlimit, Process, Spec, User,
+    LinuxCapabilities, LinuxDeviceCgroup, LinuxIdMapping, LinuxNamespaceType, LinuxResources,
+    LinuxSeccomp, LinuxSeccompAction, PosixRlimit, Process, Spec, User,
 };
 
 use crate::dirs;
 use crate::error::{Error, Result};
 use crate::ids::ContainerId;
-use crate::workload::Workload;
+use crate::workload::{Terminal, Workload};
 
 /// What an exec takes from its container when its own process says nothing, as runc does.
 #[derive(Debug, Clone)]
@@ -34,6 +35,26 @@ pub struct Defaults {
     oom_score_adj: Option<i32>,
     apparmor_profile: Option<String>,
     seccomp: Option<LinuxSeccomp>,
+    /// User IDs of the container's own user namespace, if it has one.
+    users: Option<Vec<LinuxIdMapping>>,
+}
+
+impl Defaults {
+    /// Who a user of the container is outside it; `None` if nobody.
+    pub fn outside(&self, uid: u32) -> Option<u32> {
+        let Some(users) = &self.users else {
+            return Some(uid);
+        };
+        users.iter().find_map(|mapping| {
+            let within = uid.checked_sub(mapping.container_id())?;
+            (within < mapping.size()).then(|| mapping.host_id().checked_add(within))?
+        })
+    }
+
+    /// The container has a user namespace of its own.
+    pub fn maps_users(&self) -> bool {
+        self.users.is_some()
+    }
 }
 
 /// A container's spec, checked and split.
@@ -42,7 +63,6 @@ pub struct ContainerSpec {
     /// For libcontainer, as JSON.
     pub config: Vec<u8>,
     pub workload: Workload,
-    pub terminal: bool,
     /// Absolute path within the cgroup hierarchy, never its root.
     pub cgroup: PathBuf,
     /// Device rules, which every later update must repeat: libcontainer replaces them all.
@@ -56,7 +76,6 @@ pub struct ExecSpec {
     /// For libcontainer, as JSON.
     pub process: Vec<u8>,
     pub workload: Workload,
-    pub terminal: bool,
 }
 
 fn invalid(why: impl Into<String>) -> Error {
@@ -103,6 +122,7 @@ pub fn container(
             "linux.namespaces has no mount namespace: its mounts would be made in the agent's",
         ));
     }
+    let has_users = has(LinuxNamespaceType::User);
     let new_network = namespaces
         .iter()
         .any(|n| n.typ() == LinuxNamespaceType::Network && n.path().is_none());
@@ -131,16 +151,15 @@ pub fn container(
         oom_score_adj: process.oom_score_adj(),
         apparmor_profile: process.apparmor_profile().clone(),
         seccomp,
+        users: has_users.then(|| linux.uid_mappings().clone().unwrap_or_default()),
     };
     let (process, mut workload) = split(process, &defaults, window)?;
     workload.make_cwd = true;
     workload.new_network = new_network;
-    let terminal = process.terminal().unwrap_or(false);
     spec.set_process(Some(process)).set_linux(Some(linux));
     Ok(ContainerSpec {
         config: encode(&spec)?,
         workload,
-        terminal,
         cgroup,
         devices,
         defaults,
@@ -153,11 +172,14 @@ pub fn exec(json: &[u8], defaults: &Defaults, window: Option<(u16, u16)>) -> Res
         what: "process",
         why: format!("not an OCI process: {error}"),
     })?;
-    let (process, workload) = split(process, defaults, window)?;
+    let (process, mut workload) = split(process, defaults, window)?;
+    if let Some(terminal) = &mut workload.terminal {
+        // An exec enters the container's user namespace only after it has its terminal.
+        terminal.owner = defaults.outside(workload.uid);
+    }
     Ok(ExecSpec {
         process: encode(&process)?,
         workload,
-        terminal: process.terminal().unwrap_or(false),
     })
 }
 
@@ -214,6 +236,10 @@ fn split(
         return Err(invalid(format!("process.cwd {cwd:?} is not absolute")));
     }
     let user = process.user().clone();
+    let terminal = (process.terminal() == Some(true)).then(|| Terminal {
+        owner: Some(user.uid()),
+        size: window,
+    });
     let workload = Workload {
         args,
         env: env.clone(),
@@ -231,7 +257,8 @@ fn split(
             _ => defaults.rlimits.clone(),
         },
         seccomp: defaults.seccomp.clone(),
-        window: window.filter(|_| process.terminal() == Some(true)),
+        terminal,
+        user_namespace_of: None,
         new_network: false,
     };
 

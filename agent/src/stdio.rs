@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::{fs, os::fd::AsRawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
+use nix::unistd::{Uid, fchown, pipe2};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
@@ -64,8 +64,14 @@ impl Drop for ConsolePath {
 }
 
 impl Stdio {
-    /// Connects a process's streams to the host.
-    pub async fn open(connect: &dyn Connect, ports: Ports, terminal: bool) -> Result<Self> {
+    /// Connects a process's streams to the host. `owner` is the user the pipes belong to, so that the process can open
+    /// them again; a user without an ID in the guest has none.
+    pub async fn open(
+        connect: &dyn Connect,
+        ports: Ports,
+        terminal: bool,
+        owner: Option<u32>,
+    ) -> Result<Self> {
         if terminal {
             let socket = stream(connect, ports.stdin).await?;
             let (listener, path) = console().doing(|| "making the console's socket".into())?;
@@ -87,7 +93,7 @@ impl Stdio {
                 child.push(null(input).doing(|| "opening /dev/null".into())?);
                 continue;
             };
-            let (far, pipe) = pipe(input).doing(|| "making a pipe".into())?;
+            let (far, pipe) = pipe(input, owner).doing(|| "making a pipe".into())?;
             child.push(far);
             *slot = Some((socket, pipe));
         }
@@ -171,8 +177,10 @@ fn null(input: bool) -> io::Result<OwnedFd> {
 }
 
 /// A pipe's far end, for the process, and its near end, for the pump.
-fn pipe(input: bool) -> nix::Result<(OwnedFd, OwnedFd)> {
+fn pipe(input: bool, owner: Option<u32>) -> nix::Result<(OwnedFd, OwnedFd)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+    // Both ends are one inode.
+    fchown(&read, owner.map(Uid::from_raw), None)?;
     // A smaller pipe is slower and nothing else.
     let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BUFFER));
     let (far, near) = if input { (read, write) } else { (write, read) };

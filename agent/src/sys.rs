@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libcontainer::oci_spec::runtime::PosixRlimit;
 use nix::cmsg_space;
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socket,
 };
@@ -66,12 +66,41 @@ pub fn set_rlimit(limit: &PosixRlimit) -> io::Result<()> {
     check(unsafe { libc::setrlimit(limit.typ() as libc::__rlimit_resource_t, &raw const value) })
 }
 
+/// What rt_sigaction(2) takes on x86-64 (kernel_sigaction; glibc's own structure differs).
+#[repr(C)]
+struct KernelAction {
+    handler: usize,
+    flags: libc::c_ulong,
+    restorer: usize,
+    mask: u64,
+}
+
 /// Gives every signal its default action and blocks none. For a process about to execute a program that must not
-/// inherit what this one ignores (the Rust runtime ignores SIGPIPE).
+/// inherit what this one ignores: the Rust runtime ignores SIGPIPE, glibc's posix_spawn(3) its own two signals, which
+/// its sigaction(3) refuses to touch.
 pub fn reset_signals() -> io::Result<()> {
-    for number in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: the default action runs no code of this process.
-        unsafe { signal(number, SigHandler::SigDfl) }?;
+    let default = KernelAction {
+        handler: libc::SIG_DFL,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    };
+    for number in (1..=64).filter(|n| ![libc::SIGKILL, libc::SIGSTOP].contains(n)) {
+        // SAFETY: the kernel reads one action of the layout and mask size it is told of; the default action runs no
+        // code of this process.
+        let result = unsafe {
+            let none = std::ptr::null_mut::<KernelAction>();
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                number,
+                &raw const default,
+                none,
+                size_of::<u64>(),
+            )
+        };
+        if result == -1 {
+            return Err(io::Error::last_os_error());
+        }
     }
     SigSet::empty().thread_set_mask()?;
     Ok(())

@@ -17,14 +17,25 @@ pub struct Workload {
     pub cwd: PathBuf,
     /// Make `cwd` if it is missing.
     pub make_cwd: bool,
+    /// As the container's user namespace counts, like all IDs here.
     pub uid: u32,
     pub gid: u32,
     pub groups: Vec<u32>,
     pub capabilities: LinuxCapabilities,
     pub rlimits: Vec<PosixRlimit>,
     pub seccomp: Option<LinuxSeccomp>,
-    /// Initial size of the terminal: columns, rows.
-    pub window: Option<(u16, u16)>,
+    pub terminal: Option<Terminal>,
+    /// Join the user namespace of this process, a container's init, by its PID outside the container.
+    pub user_namespace_of: Option<i32>,
     /// The process is in a network namespace of its own, whose loopback interface nobody else brings up.
     pub new_network: bool,
+}
+
+/// The terminal of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Who shall own it, as the user namespace counts in which the process is made; nobody leaves it root's.
+    pub owner: Option<u32>,
+    /// Initial size: columns, rows.
+    pub size: Option<(u16, u16)>,
 }

@@ -1,4 +1,4 @@
-//! The last steps of a container's process, run by libcontainer inside the container: stdio's owner, working directory,
+//! The last steps of a container's process, run by libcontainer inside the container: the terminal, working directory,
 //! identity, capabilities and the search for the program before it is reported ready; limits, seccomp and execve(2) once
 //! it is started. `spec` says why libcontainer does not do these itself.
 
@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
+use std::rc::Rc;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use libcontainer::capabilities::CapabilityExt;
@@ -17,14 +18,14 @@ use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use nix::sys::stat::fstat;
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
 
 use super::lookup;
 use crate::report::{Failure, FailureKind, Report};
 use crate::sys;
-use crate::workload::Workload;
+use crate::workload::{Terminal, Workload};
 
 /// Most of a container's /etc/passwd that is read for a home directory, bytes.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -39,16 +40,20 @@ pub struct Finish {
     workload: Workload,
     /// The report's pipe, under the number it has in the helper and everything forked from it.
     report: RawFd,
+    user_namespace: Option<Rc<File>>,
     program: OnceCell<CString>,
 }
 
 impl Finish {
-    pub fn new(workload: Workload, report: BorrowedFd<'_>) -> Self {
-        Self {
+    /// To be made while the guest's own /proc can be seen.
+    pub fn new(workload: Workload, report: BorrowedFd<'_>) -> io::Result<Self> {
+        let namespace = |pid| File::open(format!("/proc/{pid}/ns/user")).map(Rc::new);
+        Ok(Self {
+            user_namespace: workload.user_namespace_of.map(namespace).transpose()?,
             workload,
             report: report.as_raw_fd(),
             program: OnceCell::new(),
-        }
+        })
     }
 
     fn fail(&self, failure: Failure) -> String {
@@ -65,10 +70,12 @@ impl Finish {
         if w.new_network {
             sys::loopback_up().map_err(|e| internal("bringing up the loopback interface", e))?;
         }
-        own_stdio(w.uid);
-        if let Some((columns, rows)) = w.window {
-            sys::set_window(io::stdin().as_fd(), columns, rows)
-                .map_err(|e| internal("setting the terminal's size", e))?;
+        if let Some(terminal) = &w.terminal {
+            set_terminal(terminal).map_err(|e| internal("setting up the terminal", e))?;
+        }
+        if let Some(namespace) = &self.user_namespace {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWUSER)
+                .map_err(|e| internal("entering the container's user namespace", e))?;
         }
         let entered = enter(&w.cwd, w.make_cwd);
         become_user(w)?;
@@ -106,7 +113,7 @@ impl Finish {
             sys::set_rlimit(limit).map_err(|error| Failure {
                 kind: FailureKind::Invalid,
                 message: format!(
-                    "setting {:?} to {}:{}: {error}",
+                    "setting {} to {}:{}: {error}",
                     limit.typ(),
                     limit.soft(),
                     limit.hard()
@@ -170,16 +177,13 @@ fn c_strings(texts: &[String]) -> Result<Vec<CString>, Failure> {
         })
 }
 
-/// Makes pipes and terminal the user's, so that opening /dev/stdout or /dev/tty again works. A stream that cannot
-/// change hands (a file on a read-only file system) stays usable as it is.
-fn own_stdio(uid: u32) {
-    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
-    for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
-        let Ok(status) = fstat(stream) else { continue };
-        let null = nix::sys::stat::makedev(1, 3);
-        if status.st_uid != uid && status.st_rdev != null {
-            let _ = fchown(stream, Some(Uid::from_raw(uid)), None);
-        }
+/// Makes the terminal the user's, so that opening /dev/tty or /dev/stdout works. Pipes are theirs already.
+fn set_terminal(terminal: &Terminal) -> io::Result<()> {
+    let stdin = io::stdin();
+    fchown(&stdin, terminal.owner.map(Uid::from_raw), None)?;
+    match terminal.size {
+        Some((columns, rows)) => sys::set_window(stdin.as_fd(), columns, rows),
+        None => Ok(()),
     }
 }
 

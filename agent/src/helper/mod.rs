@@ -22,6 +22,7 @@ use crate::dirs;
 use crate::error::chain;
 use crate::report::{ChildStdio, Create, Exec, Failure, FailureKind, Report, Request, Update};
 use crate::sys;
+use crate::workload::Workload;
 
 /// First argument of the agent's executable that makes it a helper. The numbers of the request's and the report's
 /// descriptors follow.
@@ -75,10 +76,11 @@ fn serve(mut request: File, report: &OwnedFd) -> Result<Report, String> {
 }
 
 fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
+    let workload = finish(create.workload, report)?;
     let container = builder(create.container_id, create.stdio)
         .and_then(|builder| {
             builder
-                .with_executor(finish::Finish::new(create.workload, report.as_fd()))
+                .with_executor(workload)
                 .as_init(create.bundle)
                 .with_systemd(false)
                 .with_detach(true)
@@ -92,11 +94,12 @@ fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
 }
 
 fn run_exec(exec: Exec, report: &OwnedFd) -> Result<Report, String> {
+    let workload = finish(exec.workload, report)?;
     mark_running(&exec.container_id).map_err(|error| describe(&error))?;
     builder(exec.container_id, exec.stdio)
         .and_then(|builder| {
             builder
-                .with_executor(finish::Finish::new(exec.workload, report.as_fd()))
+                .with_executor(workload)
                 .as_tenant()
                 .with_process(Some(exec.process))
                 .with_detach(true)
@@ -104,6 +107,11 @@ fn run_exec(exec: Exec, report: &OwnedFd) -> Result<Report, String> {
         })
         .map(|pid| Report::Ready { pid: pid.as_raw() })
         .map_err(|error| describe(&error))
+}
+
+fn finish(workload: Workload, report: &OwnedFd) -> Result<finish::Finish, String> {
+    finish::Finish::new(workload, report.as_fd())
+        .map_err(|error| format!("opening the container's user namespace: {error}"))
 }
 
 /// The agent starts and pauses containers itself and keeps their state; libcontainer's file says "created" until the

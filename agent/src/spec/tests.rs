@@ -88,7 +88,7 @@ fn an_exec_inherits_what_it_does_not_say() {
     let parsed = exec(process.to_string().as_bytes(), &defaults, Some((80, 24))).unwrap();
     assert_eq!(parsed.workload.uid, 7);
     assert_eq!(parsed.workload.rlimits.len(), 1);
-    assert_eq!(parsed.workload.window, None);
+    assert_eq!(parsed.workload.terminal, None);
     assert!(parsed.workload.capabilities.bounding().is_some());
     assert!(parsed.workload.seccomp.is_some());
     assert!(!parsed.workload.make_cwd);
@@ -98,11 +98,36 @@ fn an_exec_inherits_what_it_does_not_say() {
 
 #[test]
 fn only_a_terminal_has_a_size() {
-    for (terminal, window) in [(true, Some((80, 24))), (false, None)] {
+    for terminal in [true, false] {
         let spec = with("/process", "terminal", json!(terminal)).to_string();
         let parsed = container(&id(), spec.as_bytes(), Some((80, 24))).unwrap();
-        assert_eq!(parsed.workload.window, window);
+        let expected = terminal.then_some(Terminal {
+            owner: Some(1000),
+            size: Some((80, 24)),
+        });
+        assert_eq!(parsed.workload.terminal, expected);
     }
+}
+
+#[test]
+fn users_of_a_user_namespace_are_others_outside() {
+    let mut spec = minimal();
+    assert_eq!(parse(&spec).unwrap().defaults.outside(7), Some(7));
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "user"}));
+    spec["linux"]["uidMappings"] = json!([
+        {"containerID": 0, "hostID": 1000, "size": 10},
+        {"containerID": 50, "hostID": 4_294_967_290_u32, "size": 10},
+    ]);
+    let defaults = parse(&spec).unwrap().defaults;
+    assert!(defaults.maps_users());
+    assert_eq!(defaults.outside(0), Some(1000));
+    assert_eq!(defaults.outside(9), Some(1009));
+    assert_eq!(defaults.outside(10), None);
+    assert_eq!(defaults.outside(51), Some(4_294_967_291));
+    assert_eq!(defaults.outside(59), None);
 }
 
 #[test]

@@ -43,7 +43,7 @@ const ALL: Ports = Ports {
 /// What a process with these streams would hold, the pumps, and the host's ends.
 async fn process(ports: Ports) -> ([fs::File; 3], Streams, Pairs) {
     let pairs = Pairs::default();
-    let stdio = Stdio::open(&pairs, ports, false).await.unwrap();
+    let stdio = Stdio::open(&pairs, ports, false, None).await.unwrap();
     let Stdio::Pipes { child, .. } = &stdio else {
         panic!("no terminal was asked for")
     };
@@ -175,7 +175,7 @@ async fn a_stream_that_is_not_asked_for_is_dev_null() {
 #[tokio::test]
 async fn a_stream_the_host_refuses_is_an_error_that_names_it() {
     let ports = Ports { stdout: 999, ..ALL };
-    let error = Stdio::open(&Pairs::default(), ports, false)
+    let error = Stdio::open(&Pairs::default(), ports, false, None)
         .await
         .err()
         .unwrap();

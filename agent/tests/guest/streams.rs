@@ -76,9 +76,12 @@ pub async fn a_writer_nobody_reads_gets_sigpipe(guest: Guest) {
     assert_eq!(container.streams.errors().await, "141\n");
     container.wait().await;
     container.delete(false).await.unwrap();
-    let (_, ignored) = guest
-        .shell(spec(), "grep -E 'Sig(Ign|Blk)' /proc/self/status")
-        .await;
+    let mut spec = spec();
+    spec["process"]["args"] = json!(["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"]);
+    let mut container = guest.run(&spec).await;
+    let ignored = container.streams.output().await;
+    container.wait().await;
+    container.delete(false).await.unwrap();
     assert_eq!(ignored.matches("0000000000000000").count(), 2, "{ignored}");
 }
 
