@@ -16,6 +16,10 @@ use crate::error::{Error, Result};
 use crate::root::{descriptor_path, group, owner};
 use crate::store::Image;
 
+/// The names of a hard-linked file in a layer stay one file when it is written through one of them. Where a file system cannot
+/// do that, the kernel goes on without.
+const INDEX: &str = "on";
+
 /// Longest text the kernel takes as one parameter of fsconfig(2), bytes.
 const MAX_PARAMETER: usize = 255;
 
@@ -135,6 +139,7 @@ impl Layers<'_> {
         set("upperdir", self.upper)?;
         set("workdir", self.work)?;
         rustix::mount::fsconfig_set_string(&context, "source", "cloison")?;
+        rustix::mount::fsconfig_set_string(&context, "index", INDEX)?;
         if read_only {
             rustix::mount::fsconfig_set_flag(&context, "ro")?;
         }
@@ -169,6 +174,8 @@ impl Layers<'_> {
         options.push_str(&short_name(self.upper, &mut held)?);
         options.push_str(",workdir=");
         options.push_str(&short_name(self.work, &mut held)?);
+        options.push_str(",index=");
+        options.push_str(INDEX);
         if options.len() > MAX_OPTIONS {
             return Err(Errno::TOOBIG);
         }

@@ -10,9 +10,9 @@
 //!   end.json      why the VM ended
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -180,7 +180,10 @@ impl Sandbox {
     pub fn connect_agent(&self) -> Result<Agent, Error> {
         let path = self.dir.join(VSOCK_SOCKET);
         let failed = || Error::path("connect to the guest through", &path);
-        let mut stream = UnixStream::connect(&path).map_err(failed())?;
+        // By way of a descriptor: the path itself may be longer than a socket's address can be.
+        let dir = File::open(&self.dir).map_err(failed())?;
+        let near = format!("/proc/self/fd/{}/{VSOCK_SOCKET}", dir.as_raw_fd());
+        let mut stream = UnixStream::connect(near).map_err(failed())?;
         writeln!(stream, "CONNECT {AGENT_PORT}").map_err(failed())?;
         let mut reader = BufReader::with_capacity(64, &stream);
         let mut answer = String::new();

@@ -117,6 +117,8 @@ pub struct Wiring {
     pub stdio: Stdio,
     done: OwnedFd,
     relays: Vec<std::thread::JoinHandle<()>>,
+    /// Streams that the guest has not taken up yet stay for as long as this does.
+    control: Option<ControlClient>,
 }
 
 /// A stream on its way to the VM process: which of [`Stdio`]'s fields it is, and its two directions.
@@ -147,8 +149,8 @@ impl Streams {
     ///
     /// # Errors
     /// When the VM process refuses or has ended.
-    pub fn attach(self, control: &ControlClient) -> Result<Wiring, Error> {
-        self.wire(|lane, done| {
+    pub fn attach(self, control: ControlClient) -> Result<Wiring, Error> {
+        let mut wiring = self.wire(|lane, done| {
             let read = lane.read.as_ref().map(AsFd::as_fd);
             let write = lane.write.as_ref().map(AsFd::as_fd);
             control
@@ -157,7 +159,9 @@ impl Streams {
                     what: "attach standard input or output",
                     source,
                 })
-        })
+        })?;
+        wiring.control = Some(control);
+        Ok(wiring)
     }
 
     fn wire(
@@ -205,6 +209,7 @@ impl Streams {
             },
             done,
             relays,
+            control: None,
         })
     }
 }

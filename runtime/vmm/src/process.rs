@@ -207,7 +207,7 @@ impl Vm {
             for event in events.iter().take(ready) {
                 match event.data() {
                     BELL => {}
-                    CONTROL => server.accept(|client| {
+                    CONTROL => server.accept(&mut self, |client| {
                         let key = CLIENT | client.as_raw_fd() as u64;
                         Ok(epoll.add(client, EpollEvent::new(EpollFlags::EPOLLIN, key))?)
                     }),
@@ -273,6 +273,10 @@ impl Host for Vm {
         self.vsock
             .attach_any(read, write, done)
             .map_err(|error| chain(&error))
+    }
+
+    fn detach(&mut self, port: u32) {
+        self.vsock.detach(port);
     }
 
     fn kernel_log(&self, limit: usize) -> String {

@@ -28,7 +28,7 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
     let run = async {
         let mut signals = Signals::catch()?;
         let sandbox = container.sandbox();
-        let wiring = streams(options)?.attach(&sandbox.control()?)?;
+        let wiring = streams(options)?.attach(sandbox.control()?)?;
         let agent = sandbox.connect_agent()?;
         agent.hello().await?;
         let size = options.tty.then(terminal::size).flatten();

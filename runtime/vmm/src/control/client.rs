@@ -95,7 +95,7 @@ impl ControlClient {
 
     /// Attaches a stream to a host port of the VM process's choice, and returns the port: what the guest sends there goes to
     /// `write`, what `read` yields goes to the guest, and `done` is closed when the stream is over. The descriptors stay the
-    /// caller's; the VM process gets copies.
+    /// caller's; the VM process gets copies. A stream that the guest has not taken up goes with this client.
     ///
     /// # Errors
     /// See [`ControlError`]; a descriptor that is blocking and no file, or too many streams, is [`ControlError::Refused`].

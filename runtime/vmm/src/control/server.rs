@@ -31,6 +31,9 @@ pub(crate) trait Host {
         done: Option<OwnedFd>,
     ) -> Result<u32, String>;
 
+    /// Takes a stream back that the guest has not taken up; one that it has stays.
+    fn detach(&mut self, port: u32);
+
     /// At most the last `limit` bytes of the kernel's log.
     fn kernel_log(&self, limit: usize) -> String;
 
@@ -38,11 +41,19 @@ pub(crate) trait Host {
     fn kill(&mut self);
 }
 
+/// A client, and the ports it has attached streams to. Streams that the guest has not taken up go with the client: nobody is
+/// left who would tell the guest of them, and their other ends must see that.
+#[derive(Debug)]
+struct Client {
+    socket: OwnedFd,
+    ports: Vec<u32>,
+}
+
 /// The listening socket and its clients.
 #[derive(Debug)]
 pub(crate) struct Server {
     listener: OwnedFd,
-    clients: BTreeMap<RawFd, OwnedFd>,
+    clients: BTreeMap<RawFd, Client>,
     /// Room for one packet, made when the first client comes.
     buffer: Vec<u8>,
 }
@@ -64,7 +75,11 @@ impl Server {
     }
 
     /// Takes in all waiting clients, and shows each to `watch`.
-    pub(crate) fn accept(&mut self, mut watch: impl FnMut(BorrowedFd<'_>) -> io::Result<()>) {
+    pub(crate) fn accept(
+        &mut self,
+        host: &mut dyn Host,
+        mut watch: impl FnMut(BorrowedFd<'_>) -> io::Result<()>,
+    ) {
         loop {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let client = match accept4(self.listener.as_raw_fd(), flags) {
@@ -78,7 +93,7 @@ impl Server {
                 }
             };
             if self.clients.len() >= MAX_CLIENTS {
-                self.forget_the_gone();
+                self.forget_the_gone(host);
             }
             if self.clients.len() >= MAX_CLIENTS {
                 let message = format!("the VM process has {MAX_CLIENTS} clients already");
@@ -86,30 +101,47 @@ impl Server {
             } else if let Err(error) = watch(client.as_fd()) {
                 tracing::warn!("cannot watch a client of the control socket: {error}");
             } else {
-                self.clients.insert(client.as_raw_fd(), client);
+                let ports = Vec::new();
+                self.clients.insert(
+                    client.as_raw_fd(),
+                    Client {
+                        socket: client,
+                        ports,
+                    },
+                );
             }
         }
     }
 
     /// Makes room: those who have hung up may not have had their turn yet.
-    fn forget_the_gone(&mut self) {
+    fn forget_the_gone(&mut self, host: &mut dyn Host) {
         self.clients.retain(|_, client| {
-            let mut fds = [PollFd::new(client.as_fd(), PollFlags::empty())];
-            poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+            let mut fds = [PollFd::new(client.socket.as_fd(), PollFlags::empty())];
+            let there = poll(&mut fds, PollTimeout::ZERO) == Ok(0);
+            if !there {
+                client.ports.drain(..).for_each(|port| host.detach(port));
+            }
+            there
         });
     }
 
     /// The client `fd` has sent something, or has gone: handles one packet.
     pub(crate) fn serve(&mut self, fd: RawFd, host: &mut dyn Host) {
-        let Some(client) = self.clients.get(&fd) else {
+        let Some(Client { socket, ports }) = self.clients.get_mut(&fd) else {
             return;
         };
         self.buffer.resize(MAX_PACKET, 0);
-        let keep = match packet::receive(client.as_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(Received::Packet(packet)) => answer(client.as_fd(), &handle(packet, host)),
+        let keep = match packet::receive(socket.as_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(Received::Packet(packet)) => {
+                let reply = handle(packet, host);
+                if let Reply::Attached { port } = reply {
+                    ports.push(port);
+                }
+                answer(socket.as_fd(), &reply)
+            }
             Ok(Received::TooLong) => {
                 let message = format!("a request is at most {MAX_PACKET} bytes");
-                answer(client.as_fd(), &Reply::Error { message })
+                answer(socket.as_fd(), &Reply::Error { message })
             }
             Ok(Received::Closed) => false,
             Err(error) => matches!(
@@ -117,8 +149,8 @@ impl Server {
                 io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
             ),
         };
-        if !keep {
-            self.clients.remove(&fd);
+        if !keep && let Some(client) = self.clients.remove(&fd) {
+            client.ports.into_iter().for_each(|port| host.detach(port));
         }
     }
 }
