@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 use nix::unistd::{read, write};
 use tokio::io::Interest;
@@ -65,7 +66,7 @@ pub async fn input(socket: OwnedFd, pipe: OwnedFd) -> io::Result<()> {
 /// Moves what a process writes into a pipe to the host, until every writer is gone or the host wants no more.
 pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Result<()> {
     let pipe = sys::register(pipe, Interest::READABLE)?;
-    let socket = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
+    let socket = sys::register(socket, Interest::WRITABLE)?;
     let mut exited = ending.exited.clone();
     loop {
         let over = *exited.borrow_and_update();
@@ -116,9 +117,12 @@ pub async fn terminal(
 pub async fn discard(terminal: Arc<AsyncFd<OwnedFd>>) -> io::Result<()> {
     let mut buffer = vec![0; TERMINAL_BUFFER];
     loop {
-        let read = |terminal: &OwnedFd| Ok(read(terminal, &mut buffer)?);
-        if terminal.async_io(Interest::READABLE, read).await? == 0 {
-            return Ok(());
+        match read(terminal.get_ref(), &mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(_) => tokio::task::coop::consume_budget().await,
+            Err(Errno::EAGAIN) => until(&terminal, Interest::READABLE, PollFlags::POLLIN).await?,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
@@ -172,10 +176,14 @@ async fn terminal_input(socket: &AsyncFd<OwnedFd>, terminal: &AsyncFd<OwnedFd>) 
         }
         let mut rest = &buffer[..count];
         while !rest.is_empty() {
-            let written = terminal
-                .async_io(Interest::WRITABLE, |terminal| Ok(write(terminal, rest)?))
-                .await?;
-            rest = &rest[written..];
+            match write(terminal.get_ref(), rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(Errno::EAGAIN) => {
+                    until(terminal, Interest::WRITABLE, PollFlags::POLLOUT).await?;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
     }
 }
@@ -200,18 +208,29 @@ async fn until(fd: &AsyncFd<OwnedFd>, interest: Interest, flags: PollFlags) -> i
             remembered.retain_ready();
             return Ok(());
         }
+        let state = remembered.ready();
         remembered.clear_ready();
+        if state.is_read_closed() || state.is_write_closed() {
+            break;
+        }
     }
+    // Tokio never forgets that a side was closed, and would say so at once for ever; but a terminal can be opened
+    // again, and a socket whose peer sends no more can still be full.
+    let changes = Changes::of(fd, EpollFlags::from_bits_truncate(flags.bits().into()))?;
+    while !is_ready(fd, flags)? {
+        changes.next().await?;
+    }
+    Ok(())
 }
 
-/// Waits until the peer of a socket takes nothing more. Whoever calls this reads no more from the socket.
+/// Waits until the peer of a socket takes nothing more.
 async fn refused(socket: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    // That a peer reads no more has no event of its own, but everything it does to its side wakes a reader; and then a
+    // send fails, an empty one too.
+    let changes = Changes::of(socket, EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP)?;
     loop {
-        // Everything a peer can do to its side wakes a reader; that it reads no more has no event of its own, but then
-        // a send fails, an empty one too.
-        socket.ready(Interest::READABLE).await?.clear_ready();
         match send(socket.as_raw_fd(), &[], MsgFlags::MSG_NOSIGNAL) {
-            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => changes.next().await?,
             Err(_) => return Ok(()),
         }
     }
@@ -220,4 +239,30 @@ async fn refused(socket: &AsyncFd<OwnedFd>) -> io::Result<()> {
 fn is_ready(fd: &AsyncFd<OwnedFd>, flags: PollFlags) -> io::Result<bool> {
     let mut set = [PollFd::new(fd.get_ref().as_fd(), flags)];
     Ok(poll(&mut set, PollTimeout::ZERO)? > 0)
+}
+
+/// Every change of a descriptor's state, beside what tokio remembers of it.
+struct Changes {
+    epoll: Epoll,
+    watch: AsyncFd<OwnedFd>,
+}
+
+impl Changes {
+    fn of(fd: &AsyncFd<OwnedFd>, events: EpollFlags) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(
+            fd.get_ref(),
+            EpollEvent::new(events | EpollFlags::EPOLLET, 0),
+        )?;
+        let watch = sys::register(epoll.0.try_clone()?, Interest::READABLE)?;
+        Ok(Self { epoll, watch })
+    }
+
+    /// The next change; the state at the beginning is the first, if there is any.
+    async fn next(&self) -> io::Result<()> {
+        self.watch.readable().await?.clear_ready();
+        self.epoll
+            .wait(&mut [EpollEvent::empty()], EpollTimeout::ZERO)?;
+        Ok(())
+    }
 }

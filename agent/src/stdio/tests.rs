@@ -124,6 +124,70 @@ async fn a_host_that_reads_no_more_breaks_the_writers_pipe() {
 }
 
 #[tokio::test]
+async fn a_host_that_sends_nothing_on_an_output_stream_may_close_that_half() {
+    let ([_, mut stdout, _], _streams, pairs) = process(ALL).await;
+    let mut host = pairs.host(11);
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    // More than socket and pipe hold together, so the pump waits for both in turn.
+    let writer = tokio::task::spawn_blocking(move || stdout.write_all(&[5; 4_000_000]));
+    let received = blocking(move || {
+        let mut all = Vec::new();
+        host.read_to_end(&mut all).unwrap()
+    });
+    assert_eq!(received.await, 4_000_000);
+    writer.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_host_that_closes_an_idle_stream_closes_the_pipe_at_once() {
+    let ([_, stdout, _], _streams, pairs) = process(ALL).await;
+    let host = pairs.host(11);
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    tokio::task::yield_now().await;
+    drop(host);
+    let broken = blocking(move || {
+        let mut set = [nix::poll::PollFd::new(
+            stdout.as_fd(),
+            nix::poll::PollFlags::empty(),
+        )];
+        nix::poll::poll(&mut set, 60_000_u16).unwrap();
+        set[0]
+            .revents()
+            .unwrap()
+            .contains(nix::poll::PollFlags::POLLERR)
+    });
+    assert!(broken.await);
+}
+
+#[tokio::test]
+async fn a_terminal_that_was_closed_and_opened_again_goes_on() {
+    let (master, slave) = raw_terminal();
+    let path = nix::unistd::ttyname(&slave).unwrap();
+    let (ours, mut host) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut streams = Streams::new();
+    // Closed and opened before the pump looks: it sees a terminal that was hung up and is not.
+    let master = Arc::new(master);
+    drop(slave);
+    master.readable().await.unwrap().retain_ready();
+    let mut slave = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let ending = streams.ending();
+    streams.spawn(pump::terminal(master, ours.into(), ending));
+    tokio::task::yield_now().await;
+    let text = blocking(move || {
+        slave.write_all(b"again").unwrap();
+        let mut bytes = [0; 5];
+        host.read_exact(&mut bytes).unwrap();
+        bytes
+    });
+    assert_eq!(&text.await, b"again");
+}
+
+#[tokio::test]
 async fn a_background_writer_does_not_keep_a_wait_from_answering() {
     let ([_, mut stdout, _stderr], streams, pairs) = process(ALL).await;
     let mut host = pairs.host(11);
