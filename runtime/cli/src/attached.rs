@@ -61,7 +61,7 @@ impl Attached<'_> {
                 biased;
                 ended = &mut output => return ended.map(Outcome::Exited),
                 event = signals.next() => {
-                    if let Some(number) = event.ends() {
+                    if let Some(number) = event.insists() {
                         asked += 1;
                         if asked >= PATIENCE {
                             return Ok(Outcome::Abandoned(number));

@@ -29,7 +29,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Whether it asks a process to end.
+    /// The signal, if its meaning is that whatever runs shall end.
     pub fn ends(self) -> Option<i32> {
         match self {
             Self::Forward(
@@ -37,6 +37,12 @@ impl Event {
             ) => Some(number),
             _ => None,
         }
+    }
+
+    /// The signal, if it is how a person or a service manager insists.
+    pub fn insists(self) -> Option<i32> {
+        self.ends()
+            .filter(|number| matches!(*number, libc::SIGINT | libc::SIGTERM))
     }
 }
 

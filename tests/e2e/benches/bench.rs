@@ -31,7 +31,10 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 fn timed(mut command: Command) -> Duration {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let start = Instant::now();
     assert!(command.status().unwrap().success(), "{command:?} failed");
     start.elapsed()
@@ -40,10 +43,27 @@ fn timed(mut command: Command) -> Duration {
 /// The same kernel, on the same kind of machine, to an init that ends it.
 fn bare() -> Command {
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "1024M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-    qemu.args(["-M", "microvm,pit=on,pic=on,rtc=on,acpi=off,x-option-roms=off"]);
+    qemu.args([
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-m",
+        "1024M",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    qemu.args([
+        "-M",
+        "microvm,pit=on,pic=on,rtc=on,acpi=off,x-option-roms=off",
+    ]);
     qemu.arg("-kernel").arg(dist().join("vmlinux"));
-    qemu.arg("-initrd").arg(PathBuf::from(std::env::var_os("CLOISON_BARE_INITRAMFS").unwrap()));
+    qemu.arg("-initrd").arg(PathBuf::from(
+        std::env::var_os("CLOISON_BARE_INITRAMFS").unwrap(),
+    ));
     qemu.args(["-append", BARE_COMMAND_LINE]);
     qemu
 }
@@ -74,7 +94,10 @@ fn start_up() {
 /// A field of /proc/PID/status or smaps_rollup, KiB.
 fn kib(pid: i32, file: &str, field: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field))
+        .unwrap_or("0");
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -87,15 +110,30 @@ fn stream() {
     // The guest must be up before the clock starts.
     stdin.write_all(&[0]).unwrap();
     stdout.read_exact(&mut [0]).unwrap();
-    let processes: Vec<i32> = host.processes().into_iter().filter(|(_, c)| !c.contains("qemu")).map(|(pid, _)| pid).collect();
-    let processes: Vec<i32> = processes.into_iter().chain([i32::try_from(child.id()).unwrap()]).collect();
-    let resident = || processes.iter().map(|pid| kib(*pid, "status", "VmRSS:")).sum::<u64>();
+    let processes: Vec<i32> = host
+        .processes()
+        .into_iter()
+        .filter(|(_, c)| !c.contains("qemu"))
+        .map(|(pid, _)| pid)
+        .collect();
+    let processes: Vec<i32> = processes
+        .into_iter()
+        .chain([i32::try_from(child.id()).unwrap()])
+        .collect();
+    let resident = || {
+        processes
+            .iter()
+            .map(|pid| kib(*pid, "status", "VmRSS:"))
+            .sum::<u64>()
+    };
     let before = resident();
 
     let start = Instant::now();
     let writer = std::thread::spawn(move || {
         let mut hash = Sha256::new();
-        let block: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let block: Vec<u8> = (0..1u32 << 20)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
         for _ in 0..STREAM / block.len() {
             hash.update(&block);
             stdin.write_all(&block).unwrap();
@@ -119,7 +157,11 @@ fn stream() {
     }
     let elapsed = start.elapsed();
     assert_eq!(total, STREAM);
-    assert_eq!(hash.finalize(), writer.join().unwrap(), "the stream did not arrive intact");
+    assert_eq!(
+        hash.finalize(),
+        writer.join().unwrap(),
+        "the stream did not arrive intact"
+    );
     assert!(child.wait().unwrap().success());
     println!(
         "stream: 1 GiB through `cloison run -i IMAGE cat` intact at {:.0} MB/s; front end and VM process together {before} KiB resident before, {peak} KiB at most",
@@ -130,9 +172,20 @@ fn stream() {
 fn idle() {
     let host = Host::new();
     let id = host.detached(&[], &["sleep", "1000"]);
-    let ours: Vec<(i32, String)> = host.processes().into_iter().filter(|(_, command)| !command.contains("qemu")).collect();
-    let pss: Vec<u64> = ours.iter().map(|(pid, _)| kib(*pid, "smaps_rollup", "Pss:")).collect();
-    println!("idle: {} host processes of one idle container, {} KiB PSS together ({pss:?} each)", ours.len(), pss.iter().sum::<u64>());
+    let ours: Vec<(i32, String)> = host
+        .processes()
+        .into_iter()
+        .filter(|(_, command)| !command.contains("qemu"))
+        .collect();
+    let pss: Vec<u64> = ours
+        .iter()
+        .map(|(pid, _)| kib(*pid, "smaps_rollup", "Pss:"))
+        .collect();
+    println!(
+        "idle: {} host processes of one idle container, {} KiB PSS together ({pss:?} each)",
+        ours.len(),
+        pss.iter().sum::<u64>()
+    );
     succeed(&host.cloison(["rm", "-f", &id]));
 }
 

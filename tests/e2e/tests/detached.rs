@@ -43,7 +43,11 @@ fn a_detached_container_is_listed_logged_waited_for_and_removed() {
     );
     assert!(succeed(&host.cloison(["rm", "job"])).contains(&id[..12]));
     let output = host.cloison(["inspect", "job"]);
-    assert_eq!((text(&output.stdout), output.status.code()), ("[]\n".into(), Some(1)), "as docker says it");
+    assert_eq!(
+        (text(&output.stdout), output.status.code()),
+        ("[]\n".into(), Some(1)),
+        "as docker says it"
+    );
 }
 
 #[test]
@@ -66,7 +70,7 @@ fn stop_asks_first_and_kills_then() {
         ],
     );
     for id in [&polite, &stubborn] {
-        until_logged(&host, id, "ready");
+        host.until_logged(id, "ready");
     }
     succeed(&host.cloison(["stop", "-t", "20", &polite]));
     assert_eq!(host.inspect(&polite)["State"]["ExitCode"], 5);
@@ -76,22 +80,12 @@ fn stop_asks_first_and_kills_then() {
     succeed(&host.cloison(["prune", "-f"]));
 }
 
-/// Follows the log until a line appears.
-fn until_logged(host: &Host, id: &str, line: &str) {
-    use std::io::BufRead;
-    let mut follow = host.spawn(["logs", "-f", id]);
-    let lines = std::io::BufReader::new(follow.stdout.take().unwrap()).lines();
-    assert!(lines.map_while(Result::ok).any(|l| l == line));
-    follow.kill().unwrap();
-    follow.wait().unwrap();
-}
-
 #[test]
 fn the_images_or_the_options_stop_signal_is_used() {
     let host = Host::new();
     let script = "trap 'exit 6' USR1; echo ready; while :; do sleep 0.1; done";
     let id = host.detached(&["--stop-signal", "USR1"], &["sh", "-c", script]);
-    until_logged(&host, &id, "ready");
+    host.until_logged(&id, "ready");
     succeed(&host.cloison(["stop", &id]));
     assert_eq!(host.inspect(&id)["State"]["ExitCode"], 6);
     succeed(&host.cloison(["rm", &id]));
@@ -102,9 +96,9 @@ fn signals_reach_the_process_and_kill_defaults_to_kill() {
     let host = Host::new();
     let script = "trap 'echo hup' HUP; trap 'exit 8' INT; echo ready; while :; do sleep 0.1; done";
     let id = host.detached(&[], &["sh", "-c", script]);
-    until_logged(&host, &id, "ready");
+    host.until_logged(&id, "ready");
     succeed(&host.cloison(["kill", "-s", "SIGHUP", &id]));
-    until_logged(&host, &id, "hup");
+    host.until_logged(&id, "hup");
     succeed(&host.cloison(["kill", "--signal", "2", &id]));
     assert_eq!(succeed(&host.cloison(["wait", &id])), "8\n");
     fail(&host.cloison(["kill", &id]), 1, &["not running"]);

@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -123,6 +124,15 @@ impl Host {
         let args = ["run", "-d"].iter().chain(options).copied();
         let output = self.cloison(args.chain([image.as_str()]).chain(command.iter().copied()));
         succeed(&output).trim().to_owned()
+    }
+
+    /// Follows a detached container's log until it has a line.
+    pub fn until_logged(&self, id: &str, line: &str) {
+        let mut follow = self.spawn(["logs", "-f", id]);
+        let lines = BufReader::new(follow.stdout.take().unwrap()).lines();
+        assert!(lines.map_while(Result::ok).any(|l| l == line));
+        follow.kill().unwrap();
+        follow.wait().unwrap();
     }
 
     /// Starts `cloison` without waiting for it.

@@ -149,10 +149,7 @@ fn the_root_file_system_behaves_like_a_file_system() {
         mkdir -p deep/er; for n in $(seq 300); do echo $n > deep/er/$n; done; ls deep/er | wc -l; rm -r deep; ls -d deep 2>/dev/null || echo gone
         exec 3>open; rm open; echo unlinked >&3
     "#;
-    assert_eq!(
-        host.shell(&[], script),
-        "through\n4755\n100\n300\ngone\n"
-    );
+    assert_eq!(host.shell(&[], script), "through\n4755\n100\n300\ngone\n");
 }
 
 #[test]

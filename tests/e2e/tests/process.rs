@@ -148,9 +148,10 @@ fn with_init_process_one_reaps_and_passes_signals_on() {
         &[
             "sh",
             "-c",
-            "trap 'exit 42' TERM; while :; do sleep 0.1; done",
+            "trap 'exit 42' TERM; echo ready; while :; do sleep 0.1; done",
         ],
     );
+    host.until_logged(&id, "ready");
     succeed(&host.cloison(["kill", "-s", "TERM", &id]));
     assert_eq!(succeed(&host.cloison(["wait", &id])), "42\n");
     succeed(&host.cloison(["rm", &id]));
