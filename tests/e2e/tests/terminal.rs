@@ -17,8 +17,9 @@ fn a_shell_with_a_terminal_is_interactive() {
     terminal.type_("while test \"$(stty size)\" != '40 120'; do sleep 0.1; done; echo re''sized\r");
     terminal.expect("resized\r\n");
 
-    terminal.type_("sleep 1000\r");
-    terminal.expect("sleep 1000\r\n");
+    // Until the command runs, the shell's line editor has the terminal in raw mode, where an interrupt is a character.
+    terminal.type_("echo sle''eping; sleep 1000\r");
+    terminal.expect("sleeping\r\n");
     terminal.type_("\x03");
     terminal.expect("# ");
     terminal.type_("echo interrupted with $?; exit 5\r");
