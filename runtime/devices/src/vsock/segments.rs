@@ -7,8 +7,9 @@ use std::ops::Deref;
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, GuestMemoryMmap, VolatileSlice};
 
-/// Most descriptors of one chain: the size of the largest queue here, which no chain may exceed, in an indirect table or not
-/// (virtio 1.3 §2.7.5.3.1). A descriptor makes as many pieces as guest memory has host mappings under it, nearly always one.
+/// Most descriptors of one chain. That is the size the packet queues are offered with, which no chain may exceed, in an
+/// indirect table or not (virtio 1.3 §2.7.5.3.1); a transport may offer more, but Linux uses at most 18 for a packet: the
+/// header, and a page each. A descriptor makes as many pieces as guest memory has host mappings under it, nearly always one.
 const MAX_DESCRIPTORS: usize = super::QUEUE_SIZE as usize;
 
 /// Who writes the buffers of a chain.
