@@ -53,14 +53,17 @@ fn code(status: ExitStatus) -> u8 {
 }
 
 fn run(command: &OsString, arguments: impl Iterator<Item = OsString>) -> io::Result<ExitStatus> {
-    // Blocked, so that none is lost between two waits; the command gets an empty mask from the standard library.
+    // Blocked, so that none is lost between two waits.
     let signals = SigSet::all();
-    signals.thread_block()?;
+    let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let mut command = Command::new(command);
     // A process group of its own, so that the terminal's signals reach the command once and not through us as well.
-    let child = Command::new(command)
-        .args(arguments)
-        .process_group(0)
-        .spawn()?;
+    command.args(arguments).process_group(0);
+    // SAFETY: between fork and exec only sigprocmask is called, which is async-signal-safe, on a set that is ready.
+    unsafe {
+        command.pre_exec(move || Ok(before.thread_set_mask()?));
+    }
+    let child = command.spawn()?;
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     // Without a terminal there is no foreground to be given.
     let _ = tcsetpgrp(io::stdin(), child);
