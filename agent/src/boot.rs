@@ -36,6 +36,8 @@ pub enum BootError {
     File { path: PathBuf, source: io::Error },
     #[error("setting the limit of open files")]
     Limit(#[source] io::Error),
+    #[error("setting the agent's scheduling policy")]
+    Policy(#[source] io::Error),
     #[error("bringing up the loopback interface")]
     Loopback(#[source] io::Error),
 }
@@ -105,6 +107,8 @@ pub fn prepare() -> Result<(), BootError> {
     enable_controllers()?;
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES)
         .map_err(|errno| BootError::Limit(errno.into()))?;
+    // A container that writes is not interrupted for each piece the agent could carry away: it carries more at once.
+    sys::set_policy(sys::Policy::Batch).map_err(BootError::Policy)?;
     sys::loopback_up().map_err(BootError::Loopback)
 }
 

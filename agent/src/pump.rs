@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::pin::pin;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -50,7 +51,7 @@ pub async fn input(socket: OwnedFd, pipe: OwnedFd) -> io::Result<()> {
             Ok(0) => return Ok(()),
             Ok(_) => tokio::task::coop::consume_budget().await,
             Err(Errno::EAGAIN) => tokio::select! {
-                result = both(&socket, &pipe) => result?,
+                result = Ready::of(&socket, &pipe)?.both(&socket, &pipe) => result?,
                 // Every reader is gone: nobody will read what still comes.
                 result = pipe.ready(Interest::ERROR) => {
                     result?.retain_ready();
@@ -68,18 +69,20 @@ pub async fn output(pipe: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Resul
     let pipe = sys::register(pipe, Interest::READABLE)?;
     let socket = sys::register(socket, Interest::WRITABLE)?;
     let mut exited = ending.exited.clone();
+    let mut refused = pin!(refused(&socket));
     loop {
         let over = *exited.borrow_and_update();
         match splice_once(pipe.get_ref(), socket.get_ref()) {
             Ok(0) => return Ok(()),
             Ok(_) => tokio::task::coop::consume_budget().await,
             Err(Errno::EAGAIN) => {
-                if !is_ready(&pipe, PollFlags::POLLIN)? {
+                let ready = Ready::of(&pipe, &socket)?;
+                if !ready.from {
                     ending.note(over);
                 }
                 tokio::select! {
-                    result = both(&pipe, &socket) => result?,
-                    result = refused(&socket) => return result,
+                    result = ready.both(&pipe, &socket) => result?,
+                    result = &mut refused => return result,
                     Ok(()) = exited.changed() => {}
                 }
             }
@@ -120,7 +123,10 @@ pub async fn discard(terminal: Arc<AsyncFd<OwnedFd>>) -> io::Result<()> {
         match read(terminal.get_ref(), &mut buffer) {
             Ok(0) => return Ok(()),
             Ok(_) => tokio::task::coop::consume_budget().await,
-            Err(Errno::EAGAIN) => until(&terminal, Interest::READABLE, PollFlags::POLLIN).await?,
+            Err(Errno::EAGAIN) => {
+                forget(&terminal, Interest::READABLE);
+                again(&terminal, Interest::READABLE, PollFlags::POLLIN).await?;
+            }
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -151,9 +157,10 @@ async fn terminal_output(
                 }
             }
             Err(Errno::EAGAIN) => {
+                forget(terminal, Interest::READABLE);
                 ending.note(over);
                 tokio::select! {
-                    result = until(terminal, Interest::READABLE, PollFlags::POLLIN) => result?,
+                    result = again(terminal, Interest::READABLE, PollFlags::POLLIN) => result?,
                     Ok(()) = exited.changed() => {}
                 }
             }
@@ -179,7 +186,8 @@ async fn terminal_input(socket: &AsyncFd<OwnedFd>, terminal: &AsyncFd<OwnedFd>) 
             match write(terminal.get_ref(), rest) {
                 Ok(written) => rest = &rest[written..],
                 Err(Errno::EAGAIN) => {
-                    until(terminal, Interest::WRITABLE, PollFlags::POLLOUT).await?;
+                    forget(terminal, Interest::WRITABLE);
+                    again(terminal, Interest::WRITABLE, PollFlags::POLLOUT).await?;
                 }
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -193,34 +201,67 @@ fn splice_once(from: &OwnedFd, to: &OwnedFd) -> nix::Result<usize> {
     splice(from, None, to, None, SPLICE, flags)
 }
 
-/// After EAGAIN from a splice: waits until both sides are ready. splice(2) does not say which one was not.
-async fn both(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    until(from, Interest::READABLE, PollFlags::POLLIN).await?;
-    until(to, Interest::WRITABLE, PollFlags::POLLOUT).await
+/// Which sides of a splice were ready. After EAGAIN splice(2) does not say which was not.
+#[derive(Clone, Copy)]
+struct Ready {
+    from: bool,
+    to: bool,
 }
 
-/// Waits until the kernel says that a descriptor is ready. What tokio remembers may be out of date, because splice(2)
-/// goes past it.
-async fn until(fd: &AsyncFd<OwnedFd>, interest: Interest, flags: PollFlags) -> io::Result<()> {
-    loop {
-        let mut remembered = fd.ready(interest).await?;
-        if is_ready(fd, flags)? {
-            remembered.retain_ready();
-            return Ok(());
+impl Ready {
+    fn of(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<Self> {
+        let mut set = [
+            PollFd::new(from.get_ref().as_fd(), PollFlags::POLLIN),
+            PollFd::new(to.get_ref().as_fd(), PollFlags::POLLOUT),
+        ];
+        poll(&mut set, PollTimeout::ZERO)?;
+        let ready = set.map(|fd| fd.any().unwrap_or(true));
+        if !ready[0] {
+            forget(from, Interest::READABLE);
         }
-        let state = remembered.ready();
-        remembered.clear_ready();
-        if state.is_read_closed() || state.is_write_closed() {
-            break;
+        if !ready[1] {
+            forget(to, Interest::WRITABLE);
         }
+        let [from, to] = ready;
+        Ok(Self { from, to })
+    }
+
+    /// Waits for the sides that were not.
+    async fn both(self, from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+        if !self.from {
+            again(from, Interest::READABLE, PollFlags::POLLIN).await?;
+        }
+        if !self.to {
+            again(to, Interest::WRITABLE, PollFlags::POLLOUT).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes tokio forget that a descriptor was ready. To be called as soon as the kernel has said that it is not, before
+/// anything is awaited: what becomes ready later must not be forgotten.
+fn forget(fd: &AsyncFd<OwnedFd>, interest: Interest) {
+    let _: io::Result<()> = fd.try_io(interest, |_| Err(io::ErrorKind::WouldBlock.into()));
+}
+
+/// Waits until a descriptor that was not ready, and was forgotten, may be ready.
+async fn again(fd: &AsyncFd<OwnedFd>, interest: Interest, flags: PollFlags) -> io::Result<()> {
+    let mut ready = fd.ready(interest).await?;
+    ready.retain_ready();
+    let state = ready.ready();
+    if !state.is_read_closed() && !state.is_write_closed() {
+        return Ok(());
     }
     // Tokio never forgets that a side was closed, and would say so at once for ever; but a terminal can be opened
     // again, and a socket whose peer sends no more can still be full.
     let changes = Changes::of(fd, EpollFlags::from_bits_truncate(flags.bits().into()))?;
-    while !is_ready(fd, flags)? {
+    loop {
+        let mut set = [PollFd::new(fd.get_ref().as_fd(), flags)];
+        if poll(&mut set, PollTimeout::ZERO)? > 0 {
+            return Ok(());
+        }
         changes.next().await?;
     }
-    Ok(())
 }
 
 /// Waits until the peer of a socket takes nothing more.
@@ -234,11 +275,6 @@ async fn refused(socket: &AsyncFd<OwnedFd>) -> io::Result<()> {
             Err(_) => return Ok(()),
         }
     }
-}
-
-fn is_ready(fd: &AsyncFd<OwnedFd>, flags: PollFlags) -> io::Result<bool> {
-    let mut set = [PollFd::new(fd.get_ref().as_fd(), flags)];
-    Ok(poll(&mut set, PollTimeout::ZERO)? > 0)
 }
 
 /// Every change of a descriptor's state, beside what tokio remembers of it.

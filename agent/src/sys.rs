@@ -66,6 +66,26 @@ pub fn set_rlimit(limit: &PosixRlimit) -> io::Result<()> {
     check(unsafe { libc::setrlimit(limit.typ() as libc::__rlimit_resource_t, &raw const value) })
 }
 
+/// How the kernel schedules the calling process among others (sched(7)).
+pub enum Policy {
+    Normal,
+    /// Does not interrupt whoever wakes it.
+    Batch,
+}
+
+/// Sets the calling process's scheduling policy, which its children inherit.
+pub fn set_policy(policy: Policy) -> io::Result<()> {
+    let policy = match policy {
+        Policy::Normal => libc::SCHED_OTHER,
+        Policy::Batch => libc::SCHED_BATCH,
+    };
+    // SAFETY: sched_param is plain old data; the call reads one that lives. Both policies have priority 0.
+    check(unsafe {
+        let none: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(0, policy, &raw const none)
+    })
+}
+
 /// What rt_sigaction(2) takes on x86-64 (kernel_sigaction; glibc's own structure differs).
 #[repr(C)]
 struct KernelAction {

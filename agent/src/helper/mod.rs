@@ -64,6 +64,9 @@ fn serve(mut request: File, report: &OwnedFd) -> Result<Report, String> {
     drop(request);
     let request: Request =
         serde_json::from_slice(&json).map_err(|error| format!("the helper's request: {error}"))?;
+    // Containers are scheduled like anybody.
+    sys::set_policy(sys::Policy::Normal)
+        .map_err(|error| format!("leaving the agent's scheduling policy: {error}"))?;
     let copy = report
         .try_clone()
         .map_err(|error| format!("copying the report's descriptor: {error}"))?;

@@ -224,10 +224,10 @@ pub async fn identity_home_and_directory_are_the_users(guest: Guest) {
     let (_, output) = guest
         .shell(
             spec,
-            "id -u; id -G; pwd; echo $HOME; cat /proc/self/oom_score_adj",
+            "id -u; id -G; pwd; echo $HOME; cat /proc/self/oom_score_adj; cut -d' ' -f41 /proc/self/stat",
         )
         .await;
-    assert_eq!(output, "33\n33 5 6\n/srv/made/for/it\n/tmp\n0\n");
+    assert_eq!(output, "33\n33 5 6\n/srv/made/for/it\n/tmp\n0\n0\n");
     let (_, output) = guest.shell(with_user(4242), "echo $HOME").await;
     assert_eq!(output, "/\n");
 }
