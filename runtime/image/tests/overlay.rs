@@ -292,7 +292,7 @@ fn what_cannot_be_mounted_is_told_with_a_reason() {
     let image = image(&data, &[Tar::new().file("file", "x").end()]);
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    for name in ["upper", "work", "rootfs"] {
+    for name in ["upper", "work", "rootfs", "other", "other-work"] {
         fs::create_dir(at(name)).unwrap();
     }
     let error =
@@ -303,11 +303,18 @@ fn what_cannot_be_mounted_is_told_with_a_reason() {
         "{error}"
     );
     assert!(RootFs::mount(&image, &at("nothing"), &at("work"), &at("rootfs"), false).is_err());
-    let inside = at("upper").join("image");
+    // Overlayfs has marked "upper" as belonging to the first image's layers.
+    let inside = at("other").join("image");
     fs::create_dir(&inside).unwrap();
     let inside = data.resolve(&Reference::RootfsDir(inside)).unwrap();
-    let error =
-        RootFs::mount(&inside, &at("upper"), &at("work"), &at("rootfs"), false).unwrap_err();
+    let error = RootFs::mount(
+        &inside,
+        &at("other"),
+        &at("other-work"),
+        &at("rootfs"),
+        false,
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("may not lie inside"), "{error}");
 }
 
