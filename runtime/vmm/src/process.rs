@@ -11,6 +11,7 @@ use std::time::Instant;
 use cloison_devices::VsockHandle;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::read;
 use tracing::level_filters::LevelFilter;
@@ -66,6 +67,10 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ProcessError 
 /// The body of a VM process: what the executable runs when `argv[0]` is [`crate::VM_PROCESS_NAME`].
 pub fn vm_main() -> ExitCode {
     let born = Instant::now();
+    // The program was run through a link named "exe", which says nothing to whoever looks at a list of processes.
+    if let Err(errno) = prctl::set_name(c"cloison-vm") {
+        eprintln!("cloison-vm: cannot set the process's name: {errno}");
+    }
     let handoff = match handoff::receive(io::stdin()) {
         Ok(handoff) => handoff,
         Err(error) => {

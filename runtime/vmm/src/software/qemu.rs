@@ -26,9 +26,9 @@ use crate::stop::Stop;
 use crate::sys;
 use crate::vhost_user::{ServeError, Service};
 
-/// What to do about a QEMU that does not work. 5.2 (2020) is the first whose microvm machine can do without ACPI.
+/// What to do about a QEMU that does not work. 7.2 (Debian 12) is the oldest that was tried; microvm without ACPI came with 5.2.
 const ADVICE: &str =
-    "cloison needs QEMU 5.2 or later with its microvm machine: `apt-get install qemu-system-x86`";
+    "cloison needs QEMU 7.2 or later with its microvm machine: `apt-get install qemu-system-x86`";
 
 /// Bytes of console or standard error taken at a time.
 const CHUNK: usize = 8 << 10;
