@@ -150,7 +150,7 @@ fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryEr
     memory.write_obj(PD | TABLE, GuestAddress(PDPT))?;
     let pages = IDENTITY_MAPPED / LARGE_PAGE_SIZE;
     let directory: Vec<u8> = (0..pages)
-        .flat_map(|page| (page * LARGE_PAGE_SIZE | LARGE_PAGE).to_le_bytes())
+        .flat_map(|page| ((page * LARGE_PAGE_SIZE) | LARGE_PAGE).to_le_bytes())
         .collect();
     memory.write_slice(&directory, GuestAddress(PD))?;
     let descriptors: Vec<u8> = DESCRIPTORS

@@ -86,7 +86,7 @@ impl Shape {
                     | self.id << 24
                     | (1 << self.bits()) << 16;
                 entry.ecx = entry.ecx & !NO_FEATURES_C | FEATURES_C;
-                entry.edx = entry.edx & !(NO_FEATURES_D | MANY_PROCESSORS);
+                entry.edx &= !(NO_FEATURES_D | MANY_PROCESSORS);
                 if self.count > 1 {
                     entry.edx |= MANY_PROCESSORS;
                 }
