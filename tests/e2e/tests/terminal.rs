@@ -39,6 +39,8 @@ fn exec_gives_a_terminal_too() {
     terminal.expect("# ");
     terminal.type_("stty size; tty\r");
     terminal.expect("24 80\r\n/dev/pts/0\r\n");
+    // At the prompt, where the end of the input is the line editor's to see.
+    terminal.expect("# ");
     terminal.type_("\x04");
     assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
     assert!(terminal.is_cooked());
