@@ -84,7 +84,8 @@ impl Container {
     fn create_data_dir(&self) -> Result<()> {
         create_dir(&self.data_dir())?;
         let link = self.data_dir().join(SANDBOX_LINK);
-        std::os::unix::fs::symlink(self.sandbox_dir(), &link).with_context(|| format!("cannot create the link {}", link.display()))
+        std::os::unix::fs::symlink(self.sandbox_dir(), &link)
+            .with_context(|| format!("cannot create the link {}", link.display()))
     }
 
     fn claim(&self, name: &Name) -> Result<()> {

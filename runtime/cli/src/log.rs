@@ -201,7 +201,10 @@ mod tests {
         let long = vec![b'x'; MAX_LINE + 10];
         for bytes in [&b"a\nb"[..], b"c\n\n", &long, b"\nrest"] {
             lines
-                .push(bytes, |line| Ok(seen.push(line.to_vec())))
+                .push(bytes, |line| {
+                    seen.push(line.to_vec());
+                    Ok(())
+                })
                 .unwrap();
         }
         let expected = [

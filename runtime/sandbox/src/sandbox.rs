@@ -227,12 +227,17 @@ impl Sandbox {
         // The pid is right, for the process still held its socket a moment ago.
         let pid = fs::read_to_string(self.pid_file()).ok();
         if let Some(pid) = pid.and_then(|pid| pid.parse().ok()) {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
         }
         if hung_up(control, END_TIMEOUT_MS)? {
             return Ok(());
         }
-        Err(Error::system("end the VM process")(io::ErrorKind::TimedOut.into()))
+        Err(Error::system("end the VM process")(
+            io::ErrorKind::TimedOut.into(),
+        ))
     }
 
     /// Ends the VM if it runs and removes the sandbox's directory; a sandbox that does not exist is removed already.
@@ -243,7 +248,8 @@ impl Sandbox {
         self.kill()?;
         // What is mounted below is mounted for the sandbox's own processes, of which the caller may be one.
         mounts::detach(&self.shared())?;
-        cloison_image::remove_tree(&self.dir).map_err(Error::path("remove the directory", &self.dir))
+        cloison_image::remove_tree(&self.dir)
+            .map_err(Error::path("remove the directory", &self.dir))
     }
 
     /// The sandbox's ID.

@@ -23,6 +23,14 @@ fn a_container_that_takes_more_memory_than_it_may_is_killed_and_says_so() {
 }
 
 #[test]
+fn programs_whose_pages_were_dropped_for_lack_of_memory_run_on() {
+    let host = Host::new();
+    // Each round drops the program's own pages and reads them again, into places that held others of its pages.
+    let script = "for i in 1 2 3 4 5 6; do tail /dev/zero; echo $?; done";
+    assert_eq!(host.shell(&["--memory", "24m"], script), "137\n".repeat(6));
+}
+
+#[test]
 fn without_a_limit_the_guests_own_memory_is_the_end_and_the_guest_survives_it() {
     let host = Host::new();
     let id = host.detached(&[], &["sh", "-c", "awk 'BEGIN { s = \"x\"; for (i = 0; i < 20; i++) s = s s; while (1) a[n++] = s n }'; echo $?"]);

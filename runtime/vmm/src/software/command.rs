@@ -14,6 +14,12 @@ use crate::spec::VmSpec;
 const CMDLINE: &str =
     "console=hvc0 quiet panic=-1 reboot=t noreplace-smp no_timer_check tsc=reliable";
 
+/// TCG runs translations of the guest's code and throws them away when the guest, or QEMU, writes to the page they were made from.
+/// It does not see what our fs device, another process, writes there, and would go on with the code of whatever program's page was
+/// in that place before. So that device is one behind the guest's DMA layer (`iommu_platform=on`), which is told to give it
+/// buffers of its own and to copy (`force`): the copy is the guest's own write. 4096 times 2 KiB serve the longest reads.
+const BOUNCE_BUFFERS: &str = "swiotlb=4096,force";
+
 /// One processor does without its local timer, whose calibration takes the kernel a fifth of a second; more would have to send
 /// each other every tick.
 const ONE_PROCESSOR: &str = " nolapic_timer";
@@ -68,12 +74,15 @@ pub(super) fn arguments(spec: &VmSpec, inherited: Inherited) -> Vec<OsString> {
             "-object",
             format!("memory-backend-memfd,id=ram,share=on,size={memory}M"),
         ),
-        ("-append", format!("{CMDLINE}{alone} {}", spec.cmdline)),
+        (
+            "-append",
+            format!("{CMDLINE} {BOUNCE_BUFFERS}{alone} {}", spec.cmdline),
+        ),
         ("-global", "virtio-mmio.force-legacy=false".into()),
         ("-chardev", format!("socket,id=fs,fd={fs}")),
         (
             "-device",
-            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG}"),
+            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG},iommu_platform=on"),
         ),
         ("-chardev", format!("socket,id=vsock,fd={vsock}")),
         ("-device", "vhost-user-vsock-device,chardev=vsock".into()),
@@ -137,5 +146,12 @@ mod tests {
         assert_eq!(after("-smp"), "2");
         assert_eq!(after("-accel"), "tcg,thread=multi");
         assert!(after("-append").ends_with(" agent.debug quiet"));
+        // One without the other would let TCG run what is no longer there.
+        let dma = |word: &std::ffi::OsString| {
+            let word = word.to_str().unwrap();
+            word.starts_with("vhost-user-fs-device,") && word.ends_with(",iommu_platform=on")
+        };
+        assert!(line.iter().any(dma));
+        assert!(after("-append").contains(BOUNCE_BUFFERS));
     }
 }

@@ -16,6 +16,7 @@ use vhost::vhost_user::message::{
     VhostUserVringState,
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
@@ -30,6 +31,11 @@ const MAX_CONFIG: u32 = 256;
 /// The size of queue that QEMU's virtio-mmio transport offers to the guest whatever the device would like
 /// (VIRTQUEUE_MAX_SIZE).
 const QEMU_QUEUE_SIZE: u16 = 1024;
+
+/// What the transport answers for. QEMU passes VIRTIO_F_ACCESS_PLATFORM on to the guest for the devices whose command line asks
+/// for it, and is what makes their driver use the guest's DMA layer; addresses are the same with and without it.
+const OF_TRANSPORT: u64 =
+    VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | 1 << VIRTIO_F_ACCESS_PLATFORM;
 
 /// Where QEMU has a piece of guest memory, for rings are told by QEMU's own addresses.
 struct Mapping {
@@ -48,6 +54,9 @@ pub(super) struct Backend {
     /// The device has given up on this guest until the next reset.
     broken: bool,
     running: Arc<AtomicBool>,
+    /// The way back to QEMU. Nothing is asked on it, but QEMU wants it before it passes VIRTIO_F_ACCESS_PLATFORM on, and
+    /// complains when it is closed.
+    requests_to_qemu: Option<vhost::vhost_user::Backend>,
 }
 
 impl Backend {
@@ -72,6 +81,7 @@ impl Backend {
             epoll,
             broken: false,
             running,
+            requests_to_qemu: None,
         })
     }
 
@@ -174,11 +184,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        Ok(self.device.features() | OF_TRANSPORT)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let of_device = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let of_device = features & !OF_TRANSPORT;
         if of_device & !self.device.features() != 0 {
             return Err(VhostError::InvalidParam);
         }
@@ -186,7 +196,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let event_idx = of_device & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         for ring in &mut self.rings {
             ring.queue.set_event_idx(event_idx);
-            if features == of_device {
+            if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
                 // A front-end that does not know how to enable rings gets them enabled.
                 ring.set_enabled(true, &self.memory).map_err(internal)?;
             }
@@ -278,12 +288,17 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::RESET_DEVICE;
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::BACKEND_REQ;
         // QEMU keeps the configuration space of its fs device itself, and complains about being offered another.
         if self.device.device_type() != VIRTIO_ID_FS {
             features |= VhostUserProtocolFeatures::CONFIG;
         }
         Ok(features)
+    }
+
+    fn set_backend_req_fd(&mut self, requests: vhost::vhost_user::Backend) {
+        self.requests_to_qemu = Some(requests);
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
