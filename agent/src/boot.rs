@@ -5,10 +5,12 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use cloison_agent_api::{SHARED_DIR, SHARED_TAG};
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{chdir, chroot};
 
 use crate::dirs;
@@ -20,6 +22,11 @@ const MAX_FILES: u64 = 1 << 20;
 
 /// An empty directory of the initramfs.
 const NEW_ROOT: &str = "/root";
+
+/// How long the guest has been up, by CLOCK_BOOTTIME, which its kernel starts early in its boot; nothing on a kernel without it.
+pub fn uptime() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
 
 /// What could not be done at boot.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use std::{fs, io};
 
 use nix::unistd::Pid;
@@ -34,6 +35,8 @@ const KILL: u32 = libc::SIGKILL as u32;
 pub struct Shared {
     pub connect: Box<dyn Connect>,
     pub reaper: Arc<Reaper>,
+    /// When the agent began, by [`crate::boot::uptime`].
+    pub began: Duration,
 }
 
 /// What a container is doing, as its owner sees it.

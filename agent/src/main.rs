@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use cloison_agent::connect::{self, Host, Listener};
 use cloison_agent::{Reaper, Service, Shared, boot, chain, helper, init, server};
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn std::error::Error>> {
+    let began = boot::uptime();
     // Begun first, so that the host answers while the guest is set up.
     let dialed = connect::dial(AGENT_PORT);
     boot::prepare()?;
@@ -43,13 +45,17 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(serve(dialed))
+    runtime.block_on(serve(dialed, began))
 }
 
-async fn serve(dialed: io::Result<OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
+async fn serve(
+    dialed: io::Result<OwnedFd>,
+    began: Duration,
+) -> Result<(), Box<dyn std::error::Error>> {
     let shared = Shared {
         connect: Box::new(Host),
         reaper: Reaper::start()?,
+        began,
     };
     let (_server, connections) = server::start(Service::new(shared), end).await?;
     let to_host = connections.clone();

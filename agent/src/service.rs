@@ -21,6 +21,7 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use ttrpc::r#async::TtrpcContext;
 
+use crate::boot;
 use crate::container::{Container, Shared, Status};
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
@@ -192,7 +193,12 @@ fn process_response(pid: nix::unistd::Pid) -> ProcessResponse {
     response
 }
 
-fn hello(request: &HelloRequest) -> Result<HelloResponse> {
+/// As the protocol has it; 584 years fit.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn hello(request: &HelloRequest, began: Duration) -> Result<HelloResponse> {
     if request.protocol != PROTOCOL {
         return Err(Error::Protocol {
             ours: PROTOCOL,
@@ -211,13 +217,15 @@ fn hello(request: &HelloRequest) -> Result<HelloResponse> {
     response.version = env!("CARGO_PKG_VERSION").to_owned();
     response.kernel = kernel.trim_end().to_owned();
     response.memory_bytes = memory.ram_total();
+    response.began_ns = nanoseconds(began);
+    response.now_ns = nanoseconds(boot::uptime());
     Ok(response)
 }
 
 #[async_trait]
 impl Agent for Service {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
-        Ok(hello(&request)?)
+        Ok(hello(&request, self.shared.began)?)
     }
 
     async fn create_container(

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use cloison_agent::connect::Connect;
 use cloison_agent::server::{self, Connections};
-use cloison_agent::{Reaper, Service, Shared};
+use cloison_agent::{Reaper, Service, Shared, boot};
 use cloison_agent_api::agent::*;
 use cloison_agent_api::agent_ttrpc::AgentClient;
 use protobuf::MessageField;
@@ -93,6 +93,7 @@ impl Guest {
         let shared = Shared {
             connect: Box::new(ports.clone()),
             reaper: Reaper::start().unwrap(),
+            began: boot::uptime(),
         };
         // The VM must live on after the last connection, to say how the tests went.
         let (server, connections) = server::start(Service::new(shared), || {}).await.unwrap();

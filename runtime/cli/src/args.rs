@@ -160,6 +160,9 @@ pub struct Run {
     /// What runs the VM: kvm, software, or whichever works
     #[arg(long, value_enum, env = "CLOISON_ENGINE", default_value_t = EngineArg::Auto)]
     pub engine: EngineArg,
+    /// Say on standard error where the run's time went, or write it to FILE as a Chrome trace
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, conflicts_with = "detach")]
+    pub profile: Option<Option<PathBuf>>,
     /// oci:DIR[:TAG], docker-archive:FILE[:REF] or rootfs:DIR
     pub image: Reference,
     /// Command and arguments, in place of the image's

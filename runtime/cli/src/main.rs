@@ -8,6 +8,7 @@ mod exit;
 mod log;
 mod monitor;
 mod parts;
+mod profile;
 mod signals;
 mod spec;
 mod terminal;
@@ -18,6 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    let began = cloison_vmm::monotonic();
     let called = std::env::args_os().next().unwrap_or_default();
     let called = Path::new(&called).file_name().unwrap_or_default();
     match called.to_str() {
@@ -28,6 +30,6 @@ fn main() -> ExitCode {
             );
             ExitCode::FAILURE
         }
-        _ => verbs::main(),
+        _ => verbs::main(began),
     }
 }

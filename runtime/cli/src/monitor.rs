@@ -4,13 +4,14 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cloison_sandbox::{Agent, ExitStatus, Running, Streams, Wiring};
-use cloison_vmm::{EndReason, VmSpec};
+use cloison_sandbox::{Agent, AgentError, ExitStatus, Running, Streams, Wiring};
+use cloison_vmm::{EndReason, VmSpec, monotonic};
 use oci_spec::runtime::Spec;
 
 use crate::attached::{Attached, Outcome};
 use crate::container::{Container, MonitorLock, Record, State, now};
 use crate::exit::{self, Failed};
+use crate::profile::Profile;
 use crate::signals::Signals;
 use crate::terminal;
 
@@ -28,6 +29,8 @@ pub struct Monitor {
     pub vm: VmSpec,
     pub spec: Spec,
     pub streams: Streams,
+    /// Takes the run's times when they are wanted.
+    pub profile: Option<Profile>,
 }
 
 /// How a container's life went, as seen from where its process was to run.
@@ -63,7 +66,11 @@ impl Monitor {
                 (Life { status, error }, Err(failed))
             }
         };
-        match self.settle(&life) {
+        let settled = self.settle(&life);
+        if let Some(profile) = &mut self.profile {
+            profile.front_end("clearing up");
+        }
+        match settled {
             // The container's own failure is the one to tell.
             Err(error) if result.is_ok() => Err(error.into()),
             _ => result,
@@ -89,6 +96,13 @@ impl Monitor {
                 return Err(anyhow::Error::from(cloison_sandbox::Error::from(end)).into());
             }
         };
+        if let Some(profile) = &mut self.profile {
+            profile.guest("running the command", monotonic());
+            // A VM that is gone says no more, and what became of it is told elsewhere.
+            if let Ok(timeline) = sandbox.timeline() {
+                profile.output(&timeline);
+            }
+        }
         if matches!(lived, Ok(Outcome::Exited(_))) {
             // What the guest has not written back by then, it had no reason to believe written.
             if let Ok(Err(error)) = tokio::time::timeout(SHUTDOWN_TIMEOUT, agent.shutdown()).await {
@@ -99,7 +113,13 @@ impl Monitor {
             Err(lost) if agent_is_lost(&lost) => Err(why_lost(&mut vm, lost).await),
             other => other,
         };
+        if let Some(profile) = &mut self.profile {
+            profile.guest("shutting down", monotonic());
+        }
         let _ = vm.kill().await.context("cannot end the container's VM")?;
+        if let Some(profile) = &mut self.profile {
+            profile.vm_process("ending");
+        }
         match lived? {
             Outcome::Exited(status) => Ok(status),
             Outcome::Abandoned(signal) => Ok(ExitStatus {
@@ -129,24 +149,29 @@ impl Monitor {
                 memory = guest.memory,
                 "the guest is up"
             );
+            let up = monotonic();
             let size = terminal.then(terminal::size).flatten();
             agent.create(id.as_str(), &spec, stdio, size).await?;
-            agent.start(id.as_str()).await
+            let created = monotonic();
+            agent.start(id.as_str()).await?;
+            Ok::<_, AgentError>((guest, up, created))
         };
         tokio::pin!(start);
-        loop {
+        let (guest, up, created) = loop {
             tokio::select! {
                 biased;
-                done = &mut start => {
-                    done?;
-                    break;
-                }
+                done = &mut start => break done?,
                 event = signals.next() => {
                     if let Some(signal) = event.ends() {
                         return Ok(Outcome::Abandoned(signal));
                     }
                 }
             }
+        };
+        if let Some(profile) = &mut self.profile {
+            profile.guest_is_up(&self.container.sandbox().timeline()?, &guest, up);
+            profile.guest("creating the container", created);
+            profile.guest("starting it", monotonic());
         }
         self.record.state = State::Running {
             started: now(),

@@ -23,8 +23,8 @@ use crate::args::{Cli, Global, Verb};
 use crate::container::{Container, find};
 use crate::exit::{self, Failed};
 
-/// The standalone front door.
-pub fn main() -> ExitCode {
+/// The standalone front door. `began` is the program's first moment, by [`cloison_vmm::monotonic`].
+pub fn main(began: u64) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -48,7 +48,7 @@ pub fn main() -> ExitCode {
         Err(error) => return Failed::from(error).report(global.debug),
     };
     let done = match cli.verb {
-        Verb::Run(run) => run::run(global, &home, *run),
+        Verb::Run(run) => run::run(global, &home, *run, began),
         Verb::Exec(exec) => exec::exec(&home, &exec),
         Verb::Ps(ps) => general(ps::ps(&home, &ps)),
         Verb::Kill(kill) => general(signal::kill(&home, &kill)),

@@ -106,6 +106,10 @@ pub struct GuestInfo {
     pub agent: String,
     /// The guest's memory, bytes.
     pub memory: u64,
+    /// From the start of the guest's clock to the agent's first instruction.
+    pub agent_began: Duration,
+    /// From the start of the guest's clock to this answer.
+    pub uptime: Duration,
 }
 
 /// A connection to the agent. Clones share it.
@@ -166,6 +170,8 @@ impl Agent {
             kernel: printable(&answer.kernel),
             agent: printable(&answer.version),
             memory: answer.memory_bytes,
+            agent_began: Duration::from_nanos(answer.began_ns),
+            uptime: Duration::from_nanos(answer.now_ns),
         })
     }
 

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 
 use cloison_agent_api::AGENT_PORT;
 use cloison_vmm::{
-    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, VSOCK_SOCKET, VmProcess,
-    VmSpec, launch, read_end,
+    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, Timeline, VSOCK_SOCKET,
+    VmProcess, VmSpec, launch, read_end,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -171,6 +171,19 @@ impl Sandbox {
             what: "reach the VM",
             source,
         })
+    }
+
+    /// How far the VM has come, and when.
+    ///
+    /// # Errors
+    /// When the VM process does not run or does not answer.
+    pub fn timeline(&self) -> Result<Timeline, Error> {
+        let status = self.control()?.status();
+        let status = status.map_err(|source| Error::Control {
+            what: "ask the VM how far it has come",
+            source,
+        })?;
+        Ok(status.timeline)
     }
 
     /// Connects to the agent of a running VM.

@@ -18,6 +18,7 @@ mod software;
 mod spec;
 mod stop;
 mod sys;
+mod timeline;
 mod vhost_user;
 
 pub use choose::{EngineChoice, NoKvm, UnknownEngine, choose};
@@ -31,3 +32,4 @@ pub use launch::{
 };
 pub use process::vm_main;
 pub use spec::{Engine, SpecError, VmSpec};
+pub use timeline::{Timeline, monotonic};

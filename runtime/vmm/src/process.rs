@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::str::FromStr;
-use std::time::Instant;
 
 use cloison_devices::VsockHandle;
 use nix::errno::Errno;
@@ -27,6 +26,7 @@ use crate::machine::{Machine, Watch};
 use crate::software::{Qemu, SoftwareError};
 use crate::spec::{Engine, VmSpec};
 use crate::stop::{Stop, Verdict, chain, panic_text};
+use crate::timeline::{Timeline, monotonic};
 
 /// Lines of kernel log in the last word.
 const LOG_LINES: usize = 24;
@@ -66,7 +66,7 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> ProcessError 
 
 /// The body of a VM process: what the executable runs when `argv[0]` is [`crate::VM_PROCESS_NAME`].
 pub fn vm_main() -> ExitCode {
-    let born = Instant::now();
+    let process = monotonic();
     // The program was run through a link named "exe", which says nothing to whoever looks at a list of processes.
     if let Err(errno) = prctl::set_name(c"cloison-vm") {
         eprintln!("cloison-vm: cannot set the process's name: {errno}");
@@ -99,10 +99,14 @@ pub fn vm_main() -> ExitCode {
     let run = || {
         let stop = Stop::new().map_err(system("make the main loop's bell"))?;
         let (devices, vsock) = make_devices(&shared, vsock, attachments)?;
-        let machine = start(&spec, devices, &log, &stop)?;
+        let (machine, guest) = start(&spec, devices, &log, &stop)?;
         let vm = Vm {
             spec,
-            born,
+            timeline: Timeline {
+                process,
+                guest,
+                output: None,
+            },
             machine,
             vsock,
             log: log.clone(),
@@ -143,26 +147,29 @@ fn log_to_stderr(level: &str) {
         .try_init();
 }
 
-/// Starts the spec's engine with our devices. The process locks itself in when all is there and the guest is not yet.
+/// Starts the spec's engine with our devices, and says when it let the guest go. The process locks itself in when all is there
+/// and the guest is not yet.
 fn start(
     spec: &VmSpec,
     devices: Devices,
     log: &KernelLog,
     stop: &Stop,
-) -> Result<Box<dyn Machine>, ProcessError> {
+) -> Result<(Box<dyn Machine>, u64), ProcessError> {
     let lock_in = || lock_in().map_err(system("give up what a VM process does not need"));
     match spec.engine {
         Engine::Software => {
             let (mut qemu, sockets) = Qemu::spawn(spec, log.clone(), stop.clone())?;
             lock_in()?;
+            let guest = monotonic();
             qemu.serve(devices, sockets)?;
-            Ok(Box::new(qemu))
+            Ok((Box::new(qemu), guest))
         }
         Engine::Kvm => {
             let mut kvm = KvmMachine::new(spec, devices, log.clone(), stop.clone())?;
             lock_in()?;
+            let guest = monotonic();
             kvm.start()?;
-            Ok(Box::new(kvm))
+            Ok((Box::new(kvm), guest))
         }
     }
 }
@@ -170,7 +177,7 @@ fn start(
 /// A VM that runs, as its own process's main loop sees it.
 struct Vm {
     spec: VmSpec,
-    born: Instant,
+    timeline: Timeline,
     machine: Box<dyn Machine>,
     vsock: VsockHandle,
     log: KernelLog,
@@ -257,13 +264,22 @@ impl Vm {
 
 impl Host for Vm {
     fn status(&self) -> Status {
+        let now = monotonic();
+        let output = self.vsock.first_output().map(|first| {
+            let ago = u64::try_from(first.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            now.saturating_sub(ago)
+        });
         Status {
             id: self.spec.id.clone(),
             engine: self.spec.engine,
             state: self.machine.state(),
             pid: std::process::id(),
             engine_pids: self.machine.pids(),
-            uptime_ms: u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX),
+            uptime_ms: now.saturating_sub(self.timeline.process) / 1_000_000,
+            timeline: Timeline {
+                output,
+                ..self.timeline
+            },
             memory_mib: self.spec.memory_mib,
             vcpus: self.spec.vcpus,
         }

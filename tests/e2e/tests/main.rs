@@ -21,6 +21,7 @@ mod isolation;
 mod limits;
 mod mounts;
 mod process;
+mod profile;
 mod signals;
 mod stdio;
 mod stress;

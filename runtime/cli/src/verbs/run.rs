@@ -15,6 +15,7 @@ use crate::attached::foreground_streams;
 use crate::container::{Container, Record};
 use crate::exit::Failed;
 use crate::monitor::Monitor;
+use crate::profile::Profile;
 use crate::spec::{
     Capabilities, ContainerPlan, ProcessPlan, SecurityOptions, command, environment, user_of,
 };
@@ -40,8 +41,13 @@ struct Prepared {
 }
 
 /// Runs a container; the status is its own.
-pub fn run(global: &Global, home: &Home, args: Run) -> Result<u8, Failed> {
+pub fn run(global: &Global, home: &Home, args: Run, began: u64) -> Result<u8, Failed> {
+    let profile = args.profile.clone().map(|file| Profile::new(file, began));
+    let mut profile = profile.transpose()?;
     let prepared = prepare(global, home, &args)?;
+    if let Some(profile) = &mut profile {
+        profile.front_end("reading the image");
+    }
     if args.process.detach {
         let report = detached::split()?;
         return match report {
@@ -55,11 +61,18 @@ pub fn run(global: &Global, home: &Home, args: Run) -> Result<u8, Failed> {
     }
     let streams = foreground_streams(&args.process)?;
     let mut monitor = make(home, &args, prepared, streams)?;
+    if let Some(profile) = &mut profile {
+        profile.front_end("making the container");
+    }
+    monitor.profile = profile;
     let raw = (args.process.tty && args.process.interactive)
         .then(terminal::Raw::enter)
         .transpose()?;
     let status = runtime()?.block_on(monitor.run(|_| Ok(())));
     drop(raw);
+    if let Some(profile) = &mut monitor.profile {
+        profile.report()?;
+    }
     status
 }
 
@@ -175,6 +188,7 @@ fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result
         vm: prepared.vm,
         spec,
         streams,
+        profile: None,
     })
 }
 

@@ -4,7 +4,8 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use super::descriptor::{Checked, Purpose, Unsuitable, same_socket};
 
@@ -66,13 +67,19 @@ pub(super) struct Waiting {
     /// `read` and `write` are the same socket.
     pub one_socket: bool,
     pub done: Option<OwnedFd>,
+    /// Set by the first byte that leaves through `write`.
+    pub first_output: Option<FirstOutput>,
 }
+
+/// When the guest's first output left, over all streams that share it.
+pub(super) type FirstOutput = Arc<OnceLock<Instant>>;
 
 impl Waiting {
     fn new(
         read: Option<OwnedFd>,
         write: Option<OwnedFd>,
         done: Option<OwnedFd>,
+        first_output: &FirstOutput,
     ) -> Result<Self, AttachError> {
         let unsuitable = |which| move |source| AttachError::Unsuitable { which, source };
         let one_socket = match (&read, &write) {
@@ -91,6 +98,7 @@ impl Waiting {
             write: check(write, Purpose::Write, "write")?,
             one_socket,
             done,
+            first_output: (!one_socket).then(|| Arc::clone(first_output)),
         })
     }
 }
@@ -106,6 +114,7 @@ struct Table {
 #[derive(Debug, Clone)]
 pub struct VsockHandle {
     table: Arc<Mutex<Table>>,
+    first_output: FirstOutput,
 }
 
 impl VsockHandle {
@@ -115,6 +124,7 @@ impl VsockHandle {
                 waiting: Some(HashMap::new()),
                 next_port: FIRST_DYNAMIC_PORT,
             })),
+            first_output: FirstOutput::default(),
         }
     }
 
@@ -129,7 +139,7 @@ impl VsockHandle {
             write,
             done,
         } = attachment;
-        let waiting = Waiting::new(read, write, done)?;
+        let waiting = Waiting::new(read, write, done, &self.first_output)?;
         let mut table = self.lock();
         let entries = table.waiting.as_mut().ok_or(AttachError::Ended)?;
         if entries.contains_key(&port) {
@@ -152,7 +162,7 @@ impl VsockHandle {
         write: Option<OwnedFd>,
         done: Option<OwnedFd>,
     ) -> Result<u32, AttachError> {
-        let waiting = Waiting::new(read, write, done)?;
+        let waiting = Waiting::new(read, write, done, &self.first_output)?;
         let mut table = self.lock();
         let Table {
             waiting: entries,
@@ -177,6 +187,12 @@ impl VsockHandle {
     /// there never was one.
     pub fn detach(&self, port: u32) -> bool {
         self.take(port).is_some()
+    }
+
+    /// When the guest's first byte left for an attachment other than a socket that is both read and written, which is how a
+    /// protocol is spoken.
+    pub fn first_output(&self) -> Option<Instant> {
+        self.first_output.get().copied()
     }
 
     /// The attachment waiting at `port`, for good.

@@ -247,6 +247,7 @@ impl HostSide {
                 write: Some(Checked::socket(write)),
                 one_socket: true,
                 done: None,
+                first_output: None,
             },
         )
     }
@@ -258,6 +259,7 @@ impl HostSide {
             write,
             one_socket,
             done,
+            first_output,
         } = waiting;
         let watch = |checked, token: Token, events| {
             Watched::new(checked, &self.epoll, token.to_data(), events)
@@ -266,7 +268,9 @@ impl HostSide {
         let sink = write.map(|write| watch(write, Token::Sink(id), EpollFlags::empty()));
         Ok(Host {
             source: source.transpose()?.map(|fd| Source::new(fd, one_socket)),
-            sink: sink.transpose()?.map(|fd| Sink::new(fd, one_socket)),
+            sink: sink
+                .transpose()?
+                .map(|fd| Sink::new(fd, one_socket, first_output)),
             done,
         })
     }

@@ -5,11 +5,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::Shutdown;
 use tracing::{debug, warn};
 
+use super::attachment::FirstOutput;
 use super::descriptor::Watched;
 use super::io::{read_into, write_from, write_slices};
 use super::segments::Segments;
@@ -94,16 +96,18 @@ pub(super) struct Sink {
     ready: bool,
     one_socket: bool,
     backlog: VecDeque<u8>,
+    first_output: Option<FirstOutput>,
 }
 
 impl Sink {
     /// `one_socket`: the source of the same connection has the same socket.
-    pub(super) fn new(fd: Watched, one_socket: bool) -> Self {
+    pub(super) fn new(fd: Watched, one_socket: bool, first_output: Option<FirstOutput>) -> Self {
         Self {
             fd,
             ready: true,
             one_socket,
             backlog: VecDeque::new(),
+            first_output,
         }
     }
 
@@ -184,7 +188,12 @@ impl Sink {
         match result {
             // No descriptor answers so to a write of something; one that did would be tried for ever.
             Ok(0) => Err(Gone),
-            Ok(count) => Ok(count),
+            Ok(count) => {
+                if let Some(first) = self.first_output.take() {
+                    first.get_or_init(Instant::now);
+                }
+                Ok(count)
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.ready = false;
                 Ok(0)

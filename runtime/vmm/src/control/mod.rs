@@ -10,6 +10,7 @@ pub use client::{ControlClient, ControlError};
 pub(crate) use server::{Host, Server};
 
 use crate::spec::Engine;
+use crate::timeline::Timeline;
 
 /// A request. Descriptors travel with the packet that asks for something to be done with them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +52,8 @@ pub struct Status {
     pub engine_pids: Vec<u32>,
     /// Milliseconds since the VM process began.
     pub uptime_ms: u64,
+    /// When it came how far.
+    pub timeline: Timeline,
     /// Guest memory, MiB.
     pub memory_mib: u32,
     /// vCPUs the guest sees.
