@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::again::Again;
-use crate::{Broken, Context, Device, QueueMask, chains};
+use crate::chains::{self, Chain};
+use crate::{Broken, Context, Device, QueueMask};
 
 const NAME: &str = "console";
 /// Port 0's queues: to the guest, and from it (virtio 1.3 §5.3.2).
@@ -85,45 +85,38 @@ impl Console {
         Ok(())
     }
 
-    /// Passes on what is readable of `chain`, up to what is not in guest memory.
-    fn pass_on(&mut self, memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) {
-        let mut buffer = [0; PIECE];
-        let mut room = MOST_OF_A_CHAIN;
-        for descriptor in chain.readable() {
-            let mut address = descriptor.addr();
-            let mut left = (descriptor.len() as usize).min(room);
-            room -= left;
-            while left > 0 {
-                let piece = &mut buffer[..left.min(PIECE)];
-                if memory.read_slice(piece, address).is_err() {
-                    return;
-                }
-                (self.sink)(piece);
-                left -= piece.len();
-                let Some(next) = address.0.checked_add(piece.len() as u64) else {
-                    return;
-                };
-                address.0 = next;
-            }
-            if room == 0 {
+    fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
+        let sink = &mut self.sink;
+        chains::serve(NAME, ctx, TRANSMIT, BATCH, &self.again, |memory, chain| {
+            pass_on(memory, chain, sink);
+            0
+        })
+    }
+}
+
+/// Passes on what is readable of `chain`, up to what is not in guest memory.
+fn pass_on(memory: &GuestMemoryMmap, chain: Chain<'_>, sink: &mut Sink) {
+    let mut buffer = [0; PIECE];
+    let mut room = MOST_OF_A_CHAIN;
+    for descriptor in chain.readable() {
+        let mut address = descriptor.addr();
+        let mut left = (descriptor.len() as usize).min(room);
+        room -= left;
+        while left > 0 {
+            let piece = &mut buffer[..left.min(PIECE)];
+            if memory.read_slice(piece, address).is_err() {
                 return;
             }
-        }
-    }
-
-    fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        let mut used = QueueMask::NONE;
-        for _ in 0..BATCH {
-            let Some(chain) = chains::next(NAME, ctx, TRANSMIT)? else {
-                return Ok(used);
+            sink(piece);
+            left -= piece.len();
+            let Some(next) = address.0.checked_add(piece.len() as u64) else {
+                return;
             };
-            let head = chain.head_index();
-            self.pass_on(ctx.memory, chain);
-            chains::give_back(NAME, ctx, TRANSMIT, head, 0)?;
-            used.insert(TRANSMIT);
+            address.0 = next;
         }
-        self.again.ask();
-        Ok(used)
+        if room == 0 {
+            return;
+        }
     }
 }
 

@@ -4,10 +4,13 @@
 
 mod again;
 mod chains;
+mod config;
 mod console;
 mod device;
 mod fs;
+mod iovecs;
 mod rng;
+mod segments;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod vsock;

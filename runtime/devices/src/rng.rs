@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::again::Again;
-use crate::{Broken, Context, Device, QueueMask, chains};
+use crate::chains::{self, Chain};
+use crate::{Broken, Context, Device, QueueMask};
 
 const NAME: &str = "rng";
 const QUEUE: usize = 0;
@@ -78,24 +78,13 @@ impl Rng {
         Ok(())
     }
 
-    fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        let mut used = QueueMask::NONE;
-        for _ in 0..BATCH {
-            let Some(chain) = chains::next(NAME, ctx, QUEUE)? else {
-                return Ok(used);
-            };
-            let head = chain.head_index();
-            let given = give(ctx.memory, chain);
-            chains::give_back(NAME, ctx, QUEUE, head, given)?;
-            used.insert(QUEUE);
-        }
-        self.again.ask();
-        Ok(used)
+    fn drain(&self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
+        chains::serve(NAME, ctx, QUEUE, BATCH, &self.again, give)
     }
 }
 
 /// Fills the first writable bytes of `chain`, up to what is not in guest memory; answers how many.
-fn give(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
+fn give(memory: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
     let mut entropy = [0; MOST_OF_A_CHAIN];
     let mut given = 0;
     for descriptor in chain.writable() {

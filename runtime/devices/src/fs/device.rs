@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryMmap;
 use super::limits::{FsLimits, FsUsage};
 use super::serve::Served;
 use super::tree::Tree;
-use crate::{Broken, Context, Device, QueueMask};
+use crate::{Broken, Context, Device, QueueMask, config};
 
 /// Name of the device in errors.
 const NAME: &str = "fs";
@@ -273,11 +273,7 @@ impl Device for Fs {
         let mut config = [0; TAG_LENGTH + 4];
         config[..self.tag.len()].copy_from_slice(self.tag.as_bytes());
         config[TAG_LENGTH..].copy_from_slice(&(QUEUES as u32 - 1).to_le_bytes());
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        let rest = config.get(from..).unwrap_or_default();
-        let length = rest.len().min(data.len());
-        data[..length].copy_from_slice(&rest[..length]);
-        data[length..].fill(0);
+        config::read(&config, offset, data);
     }
 
     fn queue_event(

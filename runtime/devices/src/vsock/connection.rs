@@ -9,8 +9,8 @@ use tracing::{debug, trace};
 use super::GUEST_CID;
 use super::credit::{FromGuest, STREAM_BUFFER, ToGuest};
 use super::packet::{HOST_CID, Header, MAX_PAYLOAD, Op, Shutdown, TYPE_STREAM};
-use super::segments::Segments;
 use super::stream::{Read, Sink, Source};
+use crate::segments::Segments;
 
 /// What names a stream on this device: there is one guest and one host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -16,10 +16,10 @@ use super::connection::{Connection, Key};
 use super::host::{Client, HostSide, Token};
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::rings::{Buffers, give_back, next_chain};
-use super::segments::{Direction, Segments};
 use super::table::Table;
 use super::{GUEST_CID, QUEUE_SIZE, VsockConfig, VsockError};
-use crate::{Broken, Context, Device, QueueMask};
+use crate::segments::{Direction, Segments};
+use crate::{Broken, Context, Device, QueueMask, config};
 
 /// Queue of packets to the guest (virtio 1.3 §5.10.2).
 const RX: usize = 0;
@@ -373,13 +373,7 @@ impl Device for Vsock {
 
     /// Configuration space is `guest_cid`, a little-endian u64 (virtio 1.3 §5.10.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = GUEST_CID.to_le_bytes();
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = usize::try_from(offset)
-                .ok()
-                .and_then(|offset| offset.checked_add(i));
-            *byte = at.and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+        config::read(&GUEST_CID.to_le_bytes(), offset, data);
     }
 
     fn queue_event(

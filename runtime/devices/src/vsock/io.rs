@@ -5,12 +5,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use vm_memory::VolatileSlice;
-
-use super::segments::Segments;
-
-/// Most pieces handed to the kernel in one call; a chain with more takes more calls. (A packet of Linux's has at most 18.)
-const MAX_IOVECS: usize = 32;
+use crate::iovecs::Iovecs;
+use crate::segments::Segments;
 
 /// How a descriptor is to be read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,26 +49,25 @@ fn transfer(
     vectored: Vectored,
     socket: impl Fn(libc::c_int, &mut libc::msghdr) -> isize,
 ) -> io::Result<usize> {
-    let mut iovecs = [libc::iovec {
-        iov_base: std::ptr::null_mut(),
-        iov_len: 0,
-    }; MAX_IOVECS];
-    let mut count = 0;
-    for (iovec, piece) in iovecs.iter_mut().zip(segments.pieces()) {
-        *iovec = iovec_of(piece);
-        count += 1;
-    }
+    let mut iovecs = Iovecs::new(segments);
     loop {
         let result = match way {
-            // SAFETY: the first `count` iovecs are filled in. Each points into a mapping of guest memory that `segments`
+            // SAFETY: the first `count` of `iovecs` are filled in. Each points into a mapping of guest memory that `segments`
             // borrows for longer than this call, with a length checked against that mapping. Only the kernel goes through
             // the pointer, as it would for the guest's own accesses, so that no Rust reference to shared memory exists.
-            Way::File => unsafe { vectored(fd.as_raw_fd(), iovecs.as_ptr(), count) },
+            Way::File => unsafe {
+                // At most MAX_IOVECS.
+                vectored(
+                    fd.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    iovecs.count() as libc::c_int,
+                )
+            },
             Way::Socket => {
                 // SAFETY: `msghdr` is plain data for which all zeroes (no name, no control data, no flags) is a value.
                 let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
                 message.msg_iov = iovecs.as_mut_ptr();
-                message.msg_iovlen = count as usize;
+                message.msg_iovlen = iovecs.count();
                 socket(fd.as_raw_fd(), &mut message)
             }
         };
@@ -85,13 +80,6 @@ fn transfer(
                 }
             }
         }
-    }
-}
-
-fn iovec_of(piece: &VolatileSlice<'_>) -> libc::iovec {
-    libc::iovec {
-        iov_base: piece.ptr_guard_mut().as_ptr().cast(),
-        iov_len: piece.len(),
     }
 }
 

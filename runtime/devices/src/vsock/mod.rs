@@ -23,7 +23,6 @@ mod host;
 mod io;
 mod packet;
 mod rings;
-mod segments;
 mod stream;
 mod table;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::packet::{HEADER_LEN, Header};
-use super::segments::{Direction, Segments};
+use crate::segments::{Direction, Segments};
 use crate::{Broken, Context};
 
 /// A chain in the memory of the guest that a context is for.

@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use super::attachment::FirstOutput;
 use super::descriptor::Watched;
 use super::io::{read_into, write_from, write_slices};
-use super::segments::Segments;
+use crate::segments::Segments;
 
 /// Room a sink's backlog keeps when it is empty, in bytes; what it grew beyond is given back.
 const KEPT_BACKLOG: usize = 16 << 10;

@@ -7,14 +7,15 @@ use std::ops::Deref;
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, GuestMemoryMmap, VolatileSlice};
 
-/// Most descriptors of one chain. That is the size the packet queues are offered with, which no chain may exceed, in an
-/// indirect table or not (virtio 1.3 §2.7.5.3.1); a transport may offer more, but Linux uses at most 18 for a packet: the
-/// header, and a page each. A descriptor makes as many pieces as guest memory has host mappings under it, nearly always one.
-const MAX_DESCRIPTORS: usize = super::QUEUE_SIZE as usize;
+/// Most descriptors of one chain, in an indirect table or not. A driver may use as many as its queue is long (virtio 1.3
+/// §2.7.5.3.1), and a transport may offer longer queues than the device asks for; but Linux uses at most 18 for a packet, the
+/// header and a page each, and for a block request two more than the device allows it. A descriptor makes as many pieces
+/// as guest memory has host mappings under it, nearly always one.
+pub(crate) const MAX_DESCRIPTORS: usize = 128;
 
 /// Who writes the buffers of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(crate) enum Direction {
     /// The guest has filled them for the device.
     Readable,
     /// The device fills them for the guest.
@@ -23,7 +24,7 @@ pub(super) enum Direction {
 
 /// Why a chain is of no use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Malformed {
+pub(crate) enum Malformed {
     #[error("a buffer has the wrong direction")]
     Direction,
     #[error("a buffer is not in guest memory")]
@@ -36,17 +37,17 @@ pub(super) enum Malformed {
 
 /// Pieces of guest memory, in order.
 #[derive(Debug, Default)]
-pub(super) struct Segments<'m> {
+pub(crate) struct Segments<'m> {
     pieces: Vec<VolatileSlice<'m>>,
     len: usize,
 }
 
 impl<'m> Segments<'m> {
-    /// Checks all of `chain`.
+    /// Checks all of `chain`, whose buffers all have the same direction.
     ///
     /// # Errors
     /// [`Malformed`], whatever the guest has put into the descriptor table.
-    pub(super) fn new<M>(
+    pub(crate) fn new<M>(
         memory: &'m GuestMemoryMmap,
         chain: DescriptorChain<M>,
         direction: Direction,
@@ -54,66 +55,60 @@ impl<'m> Segments<'m> {
     where
         M: Deref<Target = GuestMemoryMmap>,
     {
-        let mut segments = Self {
-            pieces: Vec::new(),
-            len: 0,
-        };
-        let mut looked_at = 0;
-        let mut ended = false;
-        for descriptor in chain {
-            looked_at += 1;
-            if looked_at > MAX_DESCRIPTORS {
-                return Err(Malformed::TooLong);
-            }
-            if descriptor.is_write_only() != (direction == Direction::Writable) {
-                return Err(Malformed::Direction);
-            }
-            ended = !descriptor.has_next();
-            for piece in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let piece = piece.map_err(|_| Malformed::Address)?;
-                segments.len += piece.len();
-                segments.pieces.push(piece);
-            }
-        }
-        // The iterator stops without a word where a chain is broken: a loop, an index beyond the table, a table beyond memory.
-        if ended {
-            Ok(segments)
-        } else {
-            Err(Malformed::Unfinished)
+        match (direction, sort(memory, chain)?) {
+            (Direction::Readable, [Some(segments), None])
+            | (Direction::Writable, [None, Some(segments)]) => Ok(segments),
+            _ => Err(Malformed::Direction),
         }
     }
 
+    /// Checks all of `chain`, a request: what the guest has filled for the device, and then what the device fills for the guest
+    /// (virtio 1.3 §2.7.4.2). Either may be empty.
+    ///
+    /// # Errors
+    /// As for [`Segments::new`].
+    pub(crate) fn of_request<M>(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<M>,
+    ) -> Result<(Self, Self), Malformed>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        let [readable, writable] = sort(memory, chain)?;
+        Ok((readable.unwrap_or_default(), writable.unwrap_or_default()))
+    }
+
     /// Bytes in all pieces.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
     /// The pieces, in order.
-    pub(super) fn pieces(&self) -> &[VolatileSlice<'m>] {
+    pub(crate) fn pieces(&self) -> &[VolatileSlice<'m>] {
         &self.pieces
     }
 
     /// Puts `more` behind what is here.
-    pub(super) fn append(&mut self, mut more: Self) {
+    pub(crate) fn append(&mut self, mut more: Self) {
         self.pieces.append(&mut more.pieces);
         self.len += more.len;
     }
 
     /// Leaves at most the first `len` bytes.
-    pub(super) fn truncate(&mut self, len: usize) {
+    pub(crate) fn truncate(&mut self, len: usize) {
         if len < self.len {
             let _rest = self.split_off(len);
         }
     }
 
     /// Drops the first `count` bytes, or all if there are fewer.
-    pub(super) fn advance(&mut self, count: usize) {
+    pub(crate) fn advance(&mut self, count: usize) {
         let rest = self.split_off(count.min(self.len));
         *self = rest;
     }
 
     /// Leaves the first `at` bytes, or all if there are fewer, and answers the rest.
-    pub(super) fn split_off(&mut self, at: usize) -> Self {
+    pub(crate) fn split_off(&mut self, at: usize) -> Self {
         let mut before = 0;
         for i in 0..self.pieces.len() {
             let piece = self.pieces[i];
@@ -142,7 +137,7 @@ impl<'m> Segments<'m> {
     }
 
     /// Copies as many bytes as fit into `out` from the front; answers how many.
-    pub(super) fn copy_to(&self, out: &mut [u8]) -> usize {
+    pub(crate) fn copy_to(&self, out: &mut [u8]) -> usize {
         let mut done = 0;
         for piece in &self.pieces {
             done += piece.copy_to(&mut out[done..]);
@@ -151,7 +146,7 @@ impl<'m> Segments<'m> {
     }
 
     /// Copies as many of `bytes` as fit to the front; answers how many.
-    pub(super) fn copy_from(&self, bytes: &[u8]) -> usize {
+    pub(crate) fn copy_from(&self, bytes: &[u8]) -> usize {
         let mut done = 0;
         for piece in &self.pieces {
             let count = piece.len().min(bytes.len() - done);
@@ -159,6 +154,43 @@ impl<'m> Segments<'m> {
             done += count;
         }
         done
+    }
+}
+
+/// The buffers of `chain` by direction, readable ones first; nothing for a direction that no buffer has.
+fn sort<'m, M>(
+    memory: &'m GuestMemoryMmap,
+    chain: DescriptorChain<M>,
+) -> Result<[Option<Segments<'m>>; 2], Malformed>
+where
+    M: Deref<Target = GuestMemoryMmap>,
+{
+    let [mut readable, mut writable] = [None, None];
+    let mut looked_at = 0;
+    let mut ended = false;
+    for descriptor in chain {
+        looked_at += 1;
+        if looked_at > MAX_DESCRIPTORS {
+            return Err(Malformed::TooLong);
+        }
+        let sorted = match (descriptor.is_write_only(), &writable) {
+            (true, _) => &mut writable,
+            (false, None) => &mut readable,
+            (false, Some(_)) => return Err(Malformed::Direction),
+        };
+        let segments = sorted.get_or_insert_with(Segments::default);
+        for piece in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+            let piece = piece.map_err(|_| Malformed::Address)?;
+            segments.len += piece.len();
+            segments.pieces.push(piece);
+        }
+        ended = !descriptor.has_next();
+    }
+    // The iterator stops without a word where a chain is broken: a loop, an index beyond the table, a table beyond memory.
+    if ended {
+        Ok([readable, writable])
+    } else {
+        Err(Malformed::Unfinished)
     }
 }
 
