@@ -25,6 +25,11 @@ impl QueueMask {
         }
     }
 
+    /// Adds all of `others`.
+    pub fn insert_all(&mut self, others: Self) {
+        self.0 |= others.0;
+    }
+
     /// Whether queue `index` is in the set.
     pub fn contains(self, index: usize) -> bool {
         index < MAX_QUEUES && self.0 & (1 << index) != 0
@@ -77,6 +82,13 @@ pub trait Device: Send {
 
     /// Writes to configuration space; what the device does not let the guest write is ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// A number that is another one each time configuration space has changed by itself (virtio 1.3 §2.5.1). Whoever drives
+    /// the device compares it after every [`Device::host_event`], and where it differs tells the guest by a configuration
+    /// change notification.
+    fn config_generation(&self) -> u32 {
+        0
+    }
 
     /// The guest has notified queue `index`. Returns the queues whose used ring has grown.
     ///

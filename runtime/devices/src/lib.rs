@@ -9,6 +9,7 @@ mod console;
 mod device;
 mod fs;
 mod iovecs;
+mod knob;
 mod rng;
 mod segments;
 #[cfg(any(test, feature = "testing"))]
