@@ -3,6 +3,7 @@
 //! read once and checked where it enters.
 
 mod again;
+mod blk;
 mod chains;
 mod config;
 mod console;
@@ -16,6 +17,7 @@ mod segments;
 pub mod testing;
 mod vsock;
 
+pub use blk::{Blk, BlkError, BlkState};
 pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
