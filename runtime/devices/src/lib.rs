@@ -11,6 +11,7 @@ mod device;
 mod fs;
 mod iovecs;
 mod knob;
+mod pmem;
 mod rng;
 mod segments;
 #[cfg(any(test, feature = "testing"))]
@@ -21,6 +22,7 @@ pub use blk::{Blk, BlkError, BlkState};
 pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
+pub use pmem::{Pmem, PmemError, PmemState};
 pub use rng::{Rng, RngState, RngStateVersion};
 pub use vsock::{
     AttachError, Attachment, FIRST_DYNAMIC_PORT, GUEST_CID, MAX_ATTACHMENTS, Unsuitable, Vsock,
