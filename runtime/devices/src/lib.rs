@@ -3,6 +3,7 @@
 //! read once and checked where it enters.
 
 mod again;
+mod balloon;
 mod blk;
 mod chains;
 mod config;
@@ -18,6 +19,7 @@ mod segments;
 pub mod testing;
 mod vsock;
 
+pub use balloon::{Balloon, BalloonHandle, BalloonState, BalloonStateVersion, Reclaim};
 pub use blk::{Blk, BlkError, BlkState};
 pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
