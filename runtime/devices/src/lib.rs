@@ -12,6 +12,7 @@ mod device;
 mod fs;
 mod iovecs;
 mod knob;
+mod mem;
 mod pmem;
 mod rng;
 mod segments;
@@ -24,6 +25,7 @@ pub use blk::{Blk, BlkError, BlkState};
 pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
+pub use mem::{HotMemory, Mem, MemError, MemHandle, MemState};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use rng::{Rng, RngState, RngStateVersion};
 pub use vsock::{
