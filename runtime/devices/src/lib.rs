@@ -13,6 +13,7 @@ mod fs;
 mod iovecs;
 mod knob;
 mod mem;
+mod net;
 mod pmem;
 mod rng;
 mod segments;
@@ -26,6 +27,7 @@ pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
 pub use mem::{HotMemory, Mem, MemError, MemHandle, MemState};
+pub use net::{MacAddress, Net, NetConfig, NetCounters, NetError, NetHandle, NetState};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use rng::{Rng, RngState, RngStateVersion};
 pub use vsock::{

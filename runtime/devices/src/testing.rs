@@ -8,6 +8,8 @@
     reason = "only tests use this; a failure here fails the test"
 )]
 
+mod tap;
+
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 
@@ -16,6 +18,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::{Broken, Context, Device, QueueMask};
+
+pub use tap::{HostEnd, tap};
 
 /// Descriptor flag: the chain goes on at `next` (virtio 1.3 §2.7.5).
 pub const NEXT: u16 = 1;
