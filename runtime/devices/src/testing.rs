@@ -179,6 +179,30 @@ impl Guest {
         &mut self.queues[index]
     }
 
+    /// The device's side of all queues back to where it was, as after a reset of the device, with what is in memory as it is.
+    pub fn restart_queues(&mut self) {
+        for index in 0..self.queues.len() {
+            let size = self.rings[index].size;
+            let [table, avail, used] = self.ring_addresses(index);
+            let queue = &mut self.queues[index];
+            let event_idx = queue.event_idx_enabled();
+            queue.reset();
+            queue.set_size(size);
+            queue.set_desc_table_address(Some(table as u32), Some((table >> 32) as u32));
+            queue.set_avail_ring_address(Some(avail as u32), Some((avail >> 32) as u32));
+            queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
+            queue.set_event_idx(event_idx);
+            queue.set_ready(true);
+            self.set_avail_idx(index, 0);
+        }
+    }
+
+    /// Guest physical addresses of queue `index`: its descriptor table, available ring and used ring.
+    pub fn ring_addresses(&self, index: usize) -> [u64; 3] {
+        let ring = &self.rings[index];
+        [ring.table, ring.avail, ring.used]
+    }
+
     /// Takes `len` bytes of guest memory for good, 4096-aligned, all in one host mapping.
     pub fn alloc(&mut self, len: u64) -> u64 {
         let addr = self.heap;
