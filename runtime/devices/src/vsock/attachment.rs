@@ -46,6 +46,9 @@ pub enum AttachError {
         "{MAX_ATTACHMENTS} attachments wait for the guest to connect, and no more are taken; is its agent alive?"
     )]
     TooMany,
+    /// The system gave no random number.
+    #[error("cannot choose a port for a vsock stream")]
+    Port(#[source] std::io::Error),
     /// The device is gone.
     #[error("the vsock device is gone: the virtual machine has ended")]
     Ended,
@@ -103,12 +106,16 @@ impl Waiting {
     }
 }
 
-/// Attachments by host port. `None` once the device is gone.
-#[derive(Debug)]
-struct Table {
-    waiting: Option<HashMap<u32, Waiting>>,
-    next_port: u32,
+/// One of the 2^30 ports from [`FIRST_DYNAMIC_PORT`] on.
+fn unguessable_port() -> Result<u32, AttachError> {
+    let mut bytes = [0; size_of::<u32>()];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| AttachError::Port(errno.into()))?;
+    Ok(FIRST_DYNAMIC_PORT | (u32::from_ne_bytes(bytes) & (FIRST_DYNAMIC_PORT - 1)))
 }
+
+/// Attachments by host port. `None` once the device is gone.
+type Table = Option<HashMap<u32, Waiting>>;
 
 /// A door to a vsock device from any thread, for as long as one likes: when the device is gone it says so.
 #[derive(Debug, Clone)]
@@ -120,10 +127,7 @@ pub struct VsockHandle {
 impl VsockHandle {
     pub(super) fn new() -> Self {
         Self {
-            table: Arc::new(Mutex::new(Table {
-                waiting: Some(HashMap::new()),
-                next_port: FIRST_DYNAMIC_PORT,
-            })),
+            table: Arc::new(Mutex::new(Some(HashMap::new()))),
             first_output: FirstOutput::default(),
         }
     }
@@ -141,7 +145,7 @@ impl VsockHandle {
         } = attachment;
         let waiting = Waiting::new(read, write, done, &self.first_output)?;
         let mut table = self.lock();
-        let entries = table.waiting.as_mut().ok_or(AttachError::Ended)?;
+        let entries = table.as_mut().ok_or(AttachError::Ended)?;
         if entries.contains_key(&port) {
             return Err(AttachError::PortInUse(port));
         }
@@ -152,7 +156,8 @@ impl VsockHandle {
         Ok(())
     }
 
-    /// As [`VsockHandle::attach`], at a port of the device's choice, [`FIRST_DYNAMIC_PORT`] or above, which is the answer.
+    /// As [`VsockHandle::attach`], at a port of the device's choice, [`FIRST_DYNAMIC_PORT`] or above, which is the answer. Nobody in
+    /// the guest can guess it: a container may open vsock connections too, and must not come before the agent.
     ///
     /// # Errors
     /// As for [`VsockHandle::attach`].
@@ -164,18 +169,13 @@ impl VsockHandle {
     ) -> Result<u32, AttachError> {
         let waiting = Waiting::new(read, write, done, &self.first_output)?;
         let mut table = self.lock();
-        let Table {
-            waiting: entries,
-            next_port,
-        } = &mut *table;
-        let entries = entries.as_mut().ok_or(AttachError::Ended)?;
+        let entries = table.as_mut().ok_or(AttachError::Ended)?;
         if entries.len() >= MAX_ATTACHMENTS {
             return Err(AttachError::TooMany);
         }
         loop {
-            let port = *next_port;
-            // Round within the range; with at most MAX_ATTACHMENTS ports taken a free one is never far.
-            *next_port = FIRST_DYNAMIC_PORT | (port.wrapping_add(1) & (FIRST_DYNAMIC_PORT - 1));
+            // With at most MAX_ATTACHMENTS of them taken, a free one is never far.
+            let port = unguessable_port()?;
             if let std::collections::hash_map::Entry::Vacant(entry) = entries.entry(port) {
                 entry.insert(waiting);
                 return Ok(port);
@@ -197,12 +197,12 @@ impl VsockHandle {
 
     /// The attachment waiting at `port`, for good.
     pub(super) fn take(&self, port: u32) -> Option<Waiting> {
-        self.lock().waiting.as_mut()?.remove(&port)
+        self.lock().as_mut()?.remove(&port)
     }
 
     /// Closes all attachments; none is taken from here on.
     pub(super) fn end(&self) {
-        let entries = self.lock().waiting.take();
+        let entries = self.lock().take();
         drop(entries);
     }
 
@@ -258,31 +258,17 @@ mod tests {
     }
 
     #[test]
-    fn ports_of_the_device_s_choice_are_unique_even_among_chosen_ones() {
+    fn ports_of_the_device_s_choice_are_in_their_range_and_follow_no_order() {
         let handle = VsockHandle::new();
-        handle.attach(nothing(FIRST_DYNAMIC_PORT)).unwrap();
-        handle.attach(nothing(FIRST_DYNAMIC_PORT + 2)).unwrap();
-        assert_eq!(
-            handle.attach_any(None, None, None).unwrap(),
-            FIRST_DYNAMIC_PORT + 1
-        );
-        assert_eq!(
-            handle.attach_any(None, None, None).unwrap(),
-            FIRST_DYNAMIC_PORT + 3
-        );
-    }
-
-    #[test]
-    fn ports_of_the_device_s_choice_wrap_within_their_range() {
-        let handle = VsockHandle::new();
-        handle.lock().next_port = 2 * FIRST_DYNAMIC_PORT - 1;
-        assert_eq!(
-            handle.attach_any(None, None, None).unwrap(),
-            2 * FIRST_DYNAMIC_PORT - 1
-        );
-        assert_eq!(
-            handle.attach_any(None, None, None).unwrap(),
-            FIRST_DYNAMIC_PORT
+        let ports: Vec<_> = (0..100)
+            .map(|_| handle.attach_any(None, None, None).unwrap())
+            .collect();
+        let range = FIRST_DYNAMIC_PORT..2 * FIRST_DYNAMIC_PORT;
+        assert!(ports.iter().all(|port| range.contains(port)), "{ports:x?}");
+        let near = |pair: &[u32]| pair[0].abs_diff(pair[1]) < 1 << 10;
+        assert!(
+            ports.windows(2).filter(|pair| near(pair)).count() < 5,
+            "{ports:x?}"
         );
     }
 

@@ -9,8 +9,10 @@ use crate::vsock::table::MAX_CONNECTIONS;
 fn only_so_many_streams_exist_and_the_next_request_is_refused() {
     let mut rig = Rig::new(vec![]);
     let handle = rig.device.handle();
+    let mut taken = 0;
     for _ in 0..MAX_CONNECTIONS {
         let port = handle.attach_any(None, None, None).unwrap();
+        taken = port;
         rig.send(
             Header {
                 dst_port: port,
@@ -28,11 +30,11 @@ fn only_so_many_streams_exist_and_the_next_request_is_refused() {
     };
     rig.send(request, &[]);
     assert_eq!(rig.heard(), [Heard::Op(Op::Rst)]);
-    let first = Header {
-        dst_port: crate::FIRST_DYNAMIC_PORT,
+    let last = Header {
+        dst_port: taken,
         ..packet(Op::Rst)
     };
-    rig.send(first, &[]);
+    rig.send(last, &[]);
     rig.send(request, &[]);
     assert_eq!(rig.receive_op(), Op::Response, "the attachment has waited");
 }
