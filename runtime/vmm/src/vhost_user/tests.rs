@@ -26,6 +26,7 @@ const USED: u64 = 0x3000;
 const QUEUE_SIZE: u16 = 8;
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL: u64 = 1 << 30;
+const ACCESS_PLATFORM: u64 = 1 << 33;
 
 /// Returns every chain unwritten; breaks on a buffer of 666 bytes; a host event returns a chain as well.
 struct Returner {
@@ -146,14 +147,15 @@ impl Peer {
 
     fn handshake(&mut self) {
         self.front.set_owner().unwrap();
-        assert_eq!(self.front.get_features().unwrap(), VERSION_1 | PROTOCOL);
+        let features = self.front.get_features().unwrap();
+        assert_eq!(features, VERSION_1 | PROTOCOL | ACCESS_PLATFORM);
         let offered = self.front.get_protocol_features().unwrap();
         let wanted = VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
         assert!(offered.contains(wanted));
         self.front.set_protocol_features(wanted).unwrap();
         self.front
             .set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
-        self.front.set_features(VERSION_1 | PROTOCOL).unwrap();
+        self.front.set_features(features).unwrap();
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: MEMORY,
