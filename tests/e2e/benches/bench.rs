@@ -120,6 +120,13 @@ fn kib(pid: i32, file: &str, field: &str) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
+/// The host processes of the containers that are not an emulator's.
+fn ours(host: &Host) -> Vec<(i32, String)> {
+    let mut processes = host.processes();
+    processes.retain(|(_, command)| !command.contains("qemu"));
+    processes
+}
+
 fn stream() {
     let host = Host::new();
     let image = busybox();
@@ -129,21 +136,11 @@ fn stream() {
     // The guest must be up before the clock starts.
     stdin.write_all(&[0]).unwrap();
     stdout.read_exact(&mut [0]).unwrap();
-    let processes: Vec<i32> = host
-        .processes()
-        .into_iter()
-        .filter(|(_, c)| !c.contains("qemu"))
-        .map(|(pid, _)| pid)
-        .collect();
-    let processes: Vec<i32> = processes
-        .into_iter()
-        .chain([i32::try_from(child.id()).unwrap()])
-        .collect();
+    let processes: Vec<i32> = ours(&host).into_iter().map(|(pid, _)| pid).collect();
+    // What is left out is memory of the guest's that the VM process has touched, which is QEMU's in the first place.
     let resident = || {
-        processes
-            .iter()
-            .map(|pid| kib(*pid, "status", "VmRSS:"))
-            .sum::<u64>()
+        let own = |pid| kib(pid, "status", "RssAnon:") + kib(pid, "status", "RssFile:");
+        processes.iter().map(|&pid| own(pid)).sum::<u64>()
     };
     let before = resident();
 
@@ -191,11 +188,7 @@ fn stream() {
 fn idle() {
     let host = Host::new();
     let id = host.detached(&[], &["sleep", "1000"]);
-    let ours: Vec<(i32, String)> = host
-        .processes()
-        .into_iter()
-        .filter(|(_, command)| !command.contains("qemu"))
-        .collect();
+    let ours = ours(&host);
     let pss: Vec<u64> = ours
         .iter()
         .map(|(pid, _)| kib(*pid, "smaps_rollup", "Pss:"))

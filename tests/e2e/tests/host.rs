@@ -152,7 +152,7 @@ impl Host {
         objects[0].clone()
     }
 
-    /// Every process that has this host's directory in its command line, its working directory or its mounts' names.
+    /// Every process that has this host's directory in its command line, its environment or its working directory.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let needle = self.dir.path().to_str().unwrap();
         let mut found = Vec::new();
@@ -164,11 +164,15 @@ impl Host {
             else {
                 continue;
             };
-            let command = text(&fs::read(entry.path().join("cmdline")).unwrap_or_default())
-                .replace('\0', " ");
+            let words = |file| {
+                text(&fs::read(entry.path().join(file)).unwrap_or_default()).replace('\0', " ")
+            };
+            let (command, environment) = (words("cmdline"), words("environ"));
             let directory = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
             if pid != i32::try_from(std::process::id()).unwrap()
-                && (command.contains(needle) || directory.starts_with(needle))
+                && (command.contains(needle)
+                    || environment.contains(needle)
+                    || directory.starts_with(needle))
             {
                 found.push((pid, command));
             }
