@@ -292,7 +292,14 @@ pub fn indirect_tables_without_end(bench: &mut Bench) {
     // As many entries as a table can have, of which each goes on.
     let size = u32::from(u16::MAX);
     let table: Vec<_> = (1..=size)
-        .map(|next| descriptor(FREE, 1, NEXT | WRITE * u16::from(next > 1000), next as u16))
+        .map(|next| {
+            descriptor(
+                FREE,
+                1,
+                NEXT | (WRITE * u16::from(next > 1000)),
+                next as u16,
+            )
+        })
         .collect();
     bench.throw_table(&table);
 }

@@ -8,6 +8,7 @@ use cloison_devices::Device;
 use cloison_devices::testing::{Descriptor, Guest, host_ready};
 
 use crate::heap;
+use crate::subjects::Subject;
 
 /// How long an attack may take. On an idle machine none takes a second.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -17,21 +18,6 @@ const MOST_CALLS: usize = 5_000;
 const MOST_BYTES: isize = 4 << 20;
 /// Most bytes that may be left of an attack after a reset: room in collections that were never full before.
 const MOST_LEFT: isize = 64 << 10;
-
-/// A device, and what is known of its requests.
-pub struct Subject {
-    pub device: Box<dyn Device>,
-    /// The queue its requests go to.
-    pub queue: usize,
-    /// A request that it carries out.
-    pub request: Vec<u8>,
-    /// Bytes of room that its answer needs.
-    pub room: u32,
-    /// Has the device do something useful for a guest it has not seen before, and checks that it did.
-    pub works: fn(&mut dyn Device, &mut Guest, &mut dyn std::any::Any),
-    /// What `works` needs of the host's end.
-    pub host: Box<dyn std::any::Any>,
-}
 
 /// A device under attack.
 pub struct Bench {

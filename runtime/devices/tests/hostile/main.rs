@@ -3,6 +3,12 @@
 //! device: `blk::a_descriptor_that_names_itself`. Lies in a device's own language, which need more words, are tested beside
 //! the devices.
 
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a failure here fails the test"
+)]
+
 mod attacks;
 mod harness;
 mod heap;

@@ -11,7 +11,20 @@ use cloison_devices::{
 };
 use vm_memory::GuestAddress;
 
-use crate::harness::Subject;
+/// A device, and what is known of its requests.
+pub struct Subject {
+    pub device: Box<dyn Device>,
+    /// The queue its requests go to.
+    pub queue: usize,
+    /// A request that it carries out.
+    pub request: Vec<u8>,
+    /// Bytes of room that its answer needs.
+    pub room: u32,
+    /// Has the device do something useful for a guest it has not seen before, and checks that it did.
+    pub works: fn(&mut dyn Device, &mut Guest, &mut dyn Any),
+    /// What `works` needs of the host's end.
+    pub host: Box<dyn Any>,
+}
 
 /// What a device has given to the host.
 type Taken = Arc<Mutex<Vec<u8>>>;
