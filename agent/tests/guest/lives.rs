@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use cloison_agent_api::PROTOCOL;
 use cloison_agent_api::agent::{Empty, HelloRequest, Status};
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
 
 use crate::agent::{Guest, context, refusal, refused, script, spec};
@@ -37,6 +38,58 @@ pub async fn hello_agrees_on_the_protocol_and_sets_the_clock(guest: Guest) {
         "{}",
         refused.1
     );
+}
+
+/// With `agent/tests/run --icount` a microsecond is a thousand instructions.
+pub async fn cost_of_a_container(guest: Guest) {
+    let mut filtered = script("echo; read x");
+    filtered["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": crate::security::SYSTEM_CALLS}],
+    });
+    for (what, spec) in [
+        ("first", script("echo; read x")),
+        ("second", script("echo; read x")),
+        ("filtered", filtered),
+    ] {
+        let begun = Instant::now();
+        let mut container = guest.create(&spec).await.unwrap();
+        let created = begun.elapsed();
+        container.start().await.unwrap();
+        let started = begun.elapsed();
+        container
+            .streams
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_u8()
+            .await
+            .unwrap();
+        let heard = begun.elapsed();
+        assert_eq!(
+            container
+                .exec_shell(crate::agent::process(), "true")
+                .await
+                .0,
+            0
+        );
+        let executed = begun.elapsed();
+        container.streams.stdin = None;
+        container.wait().await;
+        let ended = begun.elapsed();
+        container.delete(false).await.unwrap();
+        println!(
+            "cost of the {what} container: create {} us, start {} us, first byte {} us, exec {} us, end {} us, \
+             delete {} us",
+            created.as_micros(),
+            (started - created).as_micros(),
+            (heard - started).as_micros(),
+            (executed - heard).as_micros(),
+            (ended - executed).as_micros(),
+            (begun.elapsed() - ended).as_micros(),
+        );
+    }
 }
 
 pub async fn a_container_runs_and_says_how_it_ended(guest: Guest) {

@@ -38,6 +38,7 @@ macro_rules! tests {
 
 const TESTS: &[Test] = tests![
     lives::hello_agrees_on_the_protocol_and_sets_the_clock,
+    lives::cost_of_a_container,
     lives::a_container_runs_and_says_how_it_ended,
     lives::a_container_killed_by_a_signal_says_so,
     lives::every_verb_is_refused_in_the_wrong_state,
@@ -94,10 +95,15 @@ fn main() -> ExitCode {
         eprintln!("this is the init of a guest: run agent/tests/run");
         return ExitCode::FAILURE;
     }
+    let begun = Instant::now();
     if let Err(error) = boot::prepare() {
         println!("boot: {}", chain(&error));
         return ExitCode::FAILURE;
     }
+    println!(
+        "cost of setting the guest up: {} us",
+        begun.elapsed().as_micros()
+    );
     agent::make_root();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

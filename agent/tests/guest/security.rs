@@ -4,6 +4,65 @@ use serde_json::{Value, json};
 
 use crate::agent::{Guest, spec};
 
+/// What a shell and cat need, and nothing of what libcontainer does to set a container up.
+pub const SYSTEM_CALLS: &[&str] = &[
+    "execve",
+    "arch_prctl",
+    "brk",
+    "mmap",
+    "munmap",
+    "mprotect",
+    "mremap",
+    "set_tid_address",
+    "set_robust_list",
+    "rseq",
+    "prlimit64",
+    "readlink",
+    "getrandom",
+    "read",
+    "write",
+    "open",
+    "openat",
+    "close",
+    "fstat",
+    "newfstatat",
+    "stat",
+    "lseek",
+    "ioctl",
+    "exit_group",
+    "exit",
+    "getpid",
+    "getppid",
+    "getuid",
+    "geteuid",
+    "getgid",
+    "getegid",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "fcntl",
+    "dup2",
+    "fork",
+    "vfork",
+    "clone",
+    "wait4",
+    "sendfile",
+    "access",
+    "getcwd",
+    "pipe",
+    "pipe2",
+    "poll",
+    "uname",
+    "sysinfo",
+    "prctl",
+    "futex",
+    "setuid",
+    "setgid",
+    "setgroups",
+    "getgroups",
+    "capget",
+];
+
 fn with_user(uid: u32) -> Value {
     let mut spec = spec();
     spec["process"]["user"] = json!({"uid": uid, "gid": uid});
@@ -55,19 +114,11 @@ pub async fn a_filter_holds_for_a_user_without_no_new_privs(guest: Guest) {
     ] {
         let mut spec = with_user(uid);
         spec["process"]["noNewPrivileges"] = no_new_privileges;
-        // Allows what a shell and cat need and nothing of what libcontainer does to set a container up.
         spec["linux"]["seccomp"] = json!({
             "defaultAction": "SCMP_ACT_ERRNO",
             "defaultErrnoRet": 1,
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
-            "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": [
-                "execve", "arch_prctl", "brk", "mmap", "munmap", "mprotect", "mremap", "set_tid_address",
-                "set_robust_list", "rseq", "prlimit64", "readlink", "getrandom", "read", "write", "open", "openat",
-                "close", "fstat", "newfstatat", "stat", "lseek", "ioctl", "exit_group", "exit", "getpid", "getppid",
-                "getuid", "geteuid", "getgid", "getegid", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "fcntl",
-                "dup2", "fork", "vfork", "clone", "wait4", "sendfile", "access", "getcwd", "pipe", "pipe2", "poll",
-                "uname", "sysinfo", "prctl", "futex", "setuid", "setgid", "setgroups", "getgroups", "capget",
-            ]}],
+            "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": SYSTEM_CALLS}],
         });
         let (code, output) = guest
             .shell(
