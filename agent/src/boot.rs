@@ -13,6 +13,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{chdir, chroot};
 
+use crate::cgroup;
 use crate::dirs;
 use crate::sys;
 
@@ -111,7 +112,8 @@ pub fn prepare() -> Result<(), BootError> {
             .or_else(exists)
             .map_err(|source| file(link, source))?;
     }
-    enable_controllers()?;
+    cgroup::enable_controllers(Path::new(dirs::CGROUPS))
+        .map_err(|source| file(dirs::CGROUPS, source))?;
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES)
         .map_err(|errno| BootError::Limit(errno.into()))?;
     // A container that writes is not interrupted for each piece the agent could carry away: it carries more at once.
@@ -174,18 +176,6 @@ fn mount_entry(entry: &Entry) -> Result<(), BootError> {
         }
         result => result.map_err(|errno| wrap(errno.into())),
     }
-}
-
-/// Lets the cgroups of containers have every controller the kernel has.
-fn enable_controllers() -> Result<(), BootError> {
-    let available = Path::new(dirs::CGROUPS).join("cgroup.controllers");
-    let enabled = Path::new(dirs::CGROUPS).join("cgroup.subtree_control");
-    let names = fs::read_to_string(&available).map_err(|source| file(&available, source))?;
-    let request: Vec<String> = names
-        .split_whitespace()
-        .map(|name| format!("+{name}"))
-        .collect();
-    fs::write(&enabled, request.join(" ")).map_err(|source| file(&enabled, source))
 }
 
 fn exists(error: io::Error) -> io::Result<()> {

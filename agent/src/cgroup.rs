@@ -3,11 +3,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::uio::pread;
 use tokio::io::Interest;
 
+use crate::devices::{self, Rule};
 use crate::{dirs, sys};
 
 /// Most cgroups of one container that are looked at.
@@ -39,6 +42,18 @@ pub struct Cgroup {
     /// Path within the hierarchy.
     pub path: PathBuf,
     directory: PathBuf,
+    /// The program that decides on devices.
+    filter: Mutex<Option<OwnedFd>>,
+}
+
+/// Lets the cgroups below `directory` have every controller that it has.
+pub fn enable_controllers(directory: &Path) -> io::Result<()> {
+    let names = fs::read_to_string(directory.join("cgroup.controllers"))?;
+    let request: Vec<String> = names
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    fs::write(directory.join("cgroup.subtree_control"), request.join(" "))
 }
 
 impl Cgroup {
@@ -46,7 +61,43 @@ impl Cgroup {
     pub fn new(path: PathBuf) -> Self {
         let below = path.strip_prefix("/").unwrap_or(&path);
         let directory = Path::new(dirs::CGROUPS).join(below);
-        Self { path, directory }
+        Self {
+            path,
+            directory,
+            filter: Mutex::default(),
+        }
+    }
+
+    /// Makes it, and those above it that are missing. It must not exist.
+    pub fn create(&self) -> io::Result<()> {
+        let above: Vec<&Path> = self
+            .directory
+            .ancestors()
+            .skip(1)
+            .take_while(|directory| *directory != Path::new(dirs::CGROUPS))
+            .collect();
+        for directory in above.into_iter().rev() {
+            match fs::create_dir(directory) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                result => {
+                    result?;
+                    enable_controllers(directory)?;
+                }
+            }
+        }
+        fs::create_dir(&self.directory)
+    }
+
+    /// Lets its processes use the devices that these rules allow and no others.
+    pub fn allow_devices(&self, rules: &[Rule]) -> io::Result<()> {
+        let program = sys::load_device_program(&devices::program(rules))?;
+        let directory = File::open(&self.directory)?;
+        // A descriptor and nothing else is behind the lock.
+        let mut filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        let replaced = filter.as_ref().map(AsFd::as_fd);
+        sys::attach_device_program(program.as_fd(), directory.as_fd(), replaced)?;
+        *filter = Some(program);
+        Ok(())
     }
 
     fn read(&self, file: &str) -> io::Result<String> {
@@ -195,6 +246,7 @@ mod tests {
         let cgroup = Cgroup {
             path: "/x".into(),
             directory: directory.path().to_owned(),
+            filter: Mutex::default(),
         };
         (directory, cgroup)
     }

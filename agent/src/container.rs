@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 
 use crate::cgroup::Cgroup;
 use crate::connect::Connect;
+use crate::devices::Rule;
 use crate::dirs;
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
@@ -81,7 +82,6 @@ pub struct Container {
     id: ContainerId,
     cgroup: Arc<Cgroup>,
     defaults: Defaults,
-    devices: Option<Vec<libcontainer::oci_spec::runtime::LinuxDeviceCgroup>>,
     shared: Arc<Shared>,
     phase: Mutex<Phase>,
     /// Held by verbs that change the phase, for as long as they take.
@@ -116,7 +116,6 @@ impl Container {
             id,
             cgroup: Arc::new(Cgroup::new(spec.cgroup.clone())),
             defaults: spec.defaults.clone(),
-            devices: spec.devices.clone(),
             shared,
             phase: Mutex::new(Phase::Creating),
             changing: tokio::sync::Mutex::new(()),
@@ -132,6 +131,9 @@ impl Container {
     /// Creates it: afterwards its init waits to be started. On failure nothing of it is left.
     pub async fn create(&self, spec: ContainerSpec, ports: Ports) -> Result<Pid> {
         let _changing = self.changing.lock().await;
+        self.cgroup
+            .create()
+            .doing(|| format!("making cgroup {}", self.cgroup.path.display()))?;
         let result = self.try_create(spec, ports).await;
         if result.is_err() {
             self.clean().await?;
@@ -140,6 +142,7 @@ impl Container {
     }
 
     async fn try_create(&self, spec: ContainerSpec, ports: Ports) -> Result<Pid> {
+        self.allow_devices(&spec.devices)?;
         let owner = self.defaults.outside(spec.workload.uid);
         let terminal = spec.workload.terminal.is_some();
         let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
@@ -395,10 +398,13 @@ impl Container {
 
     /// Changes its limits.
     pub async fn update(&self, resources: &[u8]) -> Result<()> {
-        let resources = spec::resources(resources, self.devices.as_deref())?;
+        let (resources, devices) = spec::resources(resources)?;
         let _changing = self.changing.lock().await;
         if matches!(self.status(), Status::Creating | Status::Stopped) {
             return Err(self.wrong("update"));
+        }
+        if !devices.is_empty() {
+            self.allow_devices(&devices)?;
         }
         let request = Request::Update(Update {
             cgroup: self.cgroup.path.clone(),
@@ -409,6 +415,11 @@ impl Container {
         let helper = spawn::helper(&expectation, &request, &[])?;
         drop(expectation);
         helper.answer().await.map(drop)
+    }
+
+    fn allow_devices(&self, rules: &[Rule]) -> Result<()> {
+        let allowed = self.cgroup.allow_devices(rules);
+        allowed.doing(|| format!("applying container {}'s rules for devices", self.id))
     }
 
     pub fn usage(&self) -> crate::cgroup::Usage {

@@ -6,6 +6,7 @@ pub mod boot;
 mod cgroup;
 pub mod connect;
 mod container;
+mod devices;
 mod dirs;
 mod error;
 pub mod helper;

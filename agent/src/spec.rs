@@ -1,8 +1,9 @@
 //! From the spec the host sends to what libcontainer gets and what the agent's helper does itself. Everything that the
 //! guest cannot do is refused here, with the reason, before anything is made.
 //!
-//! libcontainer is asked for everything up to the process's identity: namespaces, cgroup, mounts, devices, masked paths,
-//! sysctls, terminal. User, capabilities, rlimits, working directory and seccomp are taken out of the spec and done by
+//! libcontainer is asked for everything up to the process's identity: namespaces, limits, mounts, devices, masked paths,
+//! sysctls, terminal. Rules for devices are the agent's own (`devices`): libcontainer 0.7 takes a rule that denies writing
+//! not to deny reading and writing. User, capabilities, rlimits, working directory and seccomp are taken out of the spec and done by
 //! `helper::finish`, because libcontainer 0.7
 //! - drops the seccomp filter of every exec (its tenant builder keeps the namespaces only),
 //! - cannot load the filter for `noNewPrivileges: false` (it loads it after the capabilities are gone), and for
@@ -17,10 +18,11 @@
 use std::path::{Component, Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
-    LinuxCapabilities, LinuxDeviceCgroup, LinuxIdMapping, LinuxNamespaceType, LinuxResources,
-    LinuxSeccomp, LinuxSeccompAction, PosixRlimit, Process, Spec, User,
+    LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, PosixRlimit, Process, Spec, User,
 };
 
+use crate::devices::{self, Rule};
 use crate::dirs;
 use crate::error::{Error, Result};
 use crate::ids::ContainerId;
@@ -65,8 +67,7 @@ pub struct ContainerSpec {
     pub workload: Workload,
     /// Absolute path within the cgroup hierarchy, never its root.
     pub cgroup: PathBuf,
-    /// Device rules, which every later update must repeat: libcontainer replaces them all.
-    pub devices: Option<Vec<LinuxDeviceCgroup>>,
+    pub devices: Vec<Rule>,
     pub defaults: Defaults,
 }
 
@@ -136,10 +137,10 @@ pub fn container(
 
     let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
     linux.set_cgroups_path(Some(cgroup.clone()));
-    if let Some(resources) = linux.resources_mut() {
-        adapt_resources(resources)?;
-    }
-    let devices = linux.resources().as_ref().and_then(|r| r.devices().clone());
+    let devices = match linux.resources_mut() {
+        Some(resources) => adapt_resources(resources)?,
+        None => Vec::new(),
+    };
 
     let defaults = Defaults {
         capabilities: process
@@ -183,18 +184,15 @@ pub fn exec(json: &[u8], defaults: &Defaults, window: Option<(u16, u16)>) -> Res
     })
 }
 
-/// Reads the resources of an update; `devices` are the container's rules.
-pub fn resources(json: &[u8], devices: Option<&[LinuxDeviceCgroup]>) -> Result<LinuxResources> {
+/// Reads the resources of an update, and its rules for devices; without any those of the container stay.
+pub fn resources(json: &[u8]) -> Result<(LinuxResources, Vec<Rule>)> {
     let mut resources: LinuxResources =
         serde_json::from_slice(json).map_err(|error| Error::Invalid {
             what: "resources",
             why: format!("not OCI resources: {error}"),
         })?;
-    if resources.devices().as_ref().is_none_or(Vec::is_empty) {
-        resources.set_devices(devices.map(<[_]>::to_vec));
-    }
-    adapt_resources(&mut resources)?;
-    Ok(resources)
+    let devices = adapt_resources(&mut resources)?;
+    Ok((resources, devices))
 }
 
 fn encode(value: &impl serde::Serialize) -> Result<Vec<u8>> {
@@ -344,8 +342,10 @@ fn cgroup_path(id: &ContainerId, path: Option<&Path>) -> Result<PathBuf> {
     Ok(absolute)
 }
 
-/// Makes resources fit cgroup v2 and a guest without swap, and refuses what neither can do.
-fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
+/// Makes resources fit cgroup v2 and a guest without swap, refuses what neither can do, and takes the rules for devices out.
+fn adapt_resources(resources: &mut LinuxResources) -> Result<Vec<Rule>> {
+    let devices = devices::rules(resources.devices().as_deref().unwrap_or_default())?;
+    resources.set_devices(None);
     let refuse = |why: &str| {
         Err(Error::Invalid {
             what: "resources",
@@ -360,7 +360,7 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
         return refuse("rdma");
     }
     let Some(mut memory) = *resources.memory() else {
-        return Ok(());
+        return Ok(devices);
     };
     if memory.disable_oom_killer() == Some(true) {
         return refuse("memory.disableOOMKiller");
@@ -377,7 +377,7 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
         resources.set_unified(Some(unified));
     }
     resources.set_memory(Some(memory));
-    Ok(())
+    Ok(devices)
 }
 
 #[cfg(test)]

@@ -180,6 +180,82 @@ pub fn set_vsock_buffer(socket: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Commands and constants of bpf(2) (linux/bpf.h), which libc lacks.
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_F_REPLACE: u32 = 4;
+
+/// The beginning of bpf_attr for `BPF_PROG_LOAD`; the kernel takes the rest for zero.
+#[repr(C)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+}
+
+/// bpf_attr for `BPF_PROG_ATTACH`.
+#[repr(C)]
+struct Attach {
+    cgroup: RawFd,
+    program: RawFd,
+    kind: u32,
+    flags: u32,
+    replaced: RawFd,
+}
+
+/// Loads a program that decides on devices, as instructions of eight bytes.
+pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+    let attributes = Load {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+    };
+    // SAFETY: the kernel reads the instructions, as many as it is told, and the license, which ends with NUL; all live.
+    let number = unsafe { bpf(BPF_PROG_LOAD, &attributes) }?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Has a program decide on the devices of a cgroup, beside those of the cgroups above it, in place of `replaced`.
+pub fn attach_device_program(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    replaced: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let attributes = Attach {
+        cgroup: cgroup.as_raw_fd(),
+        program: program.as_raw_fd(),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI | replaced.map_or(0, |_| BPF_F_REPLACE),
+        replaced: replaced.map_or(0, |program| program.as_raw_fd()),
+    };
+    // SAFETY: attaching reads nothing but the attributes.
+    unsafe { bpf(BPF_PROG_ATTACH, &attributes) }.map(drop)
+}
+
+/// # Safety
+/// What the attributes point to must be there for the command to read.
+unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
+    // SAFETY: the kernel reads one T, which lives; what it points to is the caller's promise.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    match libc::c_int::try_from(result) {
+        Ok(number) if number >= 0 => Ok(number),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     match result {
         -1 => Err(io::Error::last_os_error()),
