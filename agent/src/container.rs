@@ -154,6 +154,7 @@ impl Container {
         let request = Request::Create(Create {
             container_id: self.id.as_str().to_owned(),
             bundle,
+            cpus: spec.cpus,
             stdio: stdio.for_helper(),
             workload: spec.workload,
         });

@@ -26,6 +26,8 @@ pub enum Request {
 pub struct Create {
     pub container_id: String,
     pub bundle: PathBuf,
+    /// How many CPUs it may use; `None`: all.
+    pub cpus: Option<u32>,
     pub stdio: ChildStdio,
     pub workload: Workload,
 }

@@ -12,9 +12,9 @@ use cloison_agent_api::PROTOCOL;
 use cloison_agent_api::agent::Status as StatusMessage;
 use cloison_agent_api::agent::{
     ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
-    DeleteContainerRequest, Empty, ExecRequest, HelloRequest, HelloResponse, ListProcessesResponse,
-    ProcessRequest, ProcessResponse, ResizeTtyRequest, SignalRequest, Stdio, TtySize,
-    UpdateContainerRequest, WaitResponse,
+    DeleteContainerRequest, DeviceRequest, Empty, ExecRequest, HelloRequest, HelloResponse,
+    ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTtyRequest, SignalRequest, Stdio,
+    TtySize, UpdateContainerRequest, WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
 use nix::sys::time::TimeSpec;
@@ -25,6 +25,7 @@ use crate::boot;
 use crate::container::{Container, Shared, Status};
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
+use crate::slots;
 use crate::spec;
 use crate::stdio::Ports;
 
@@ -133,6 +134,17 @@ impl Service {
         self.over.store(true, Ordering::Release);
         Ok(Empty::new())
     }
+}
+
+/// Does what may block on a thread of its own.
+async fn off_loop(
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    doing: impl FnOnce() -> String,
+) -> Result<Empty> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.map_err(io::Error::other).flatten();
+    done.doing(doing)?;
+    Ok(Empty::new())
 }
 
 /// Runs a call to its end whatever happens to its connection.
@@ -373,6 +385,22 @@ impl Agent for Service {
             process.resize(columns, rows)?;
         }
         Ok(Empty::new())
+    }
+
+    async fn take_device(&self, _: &TtrpcContext, request: DeviceRequest) -> ttrpc::Result<Empty> {
+        let slot = request.slot;
+        let doing = move || format!("taking up the device in slot {slot}");
+        whole(off_loop(move || slots::take(slot), doing)).await
+    }
+
+    async fn release_device(
+        &self,
+        _: &TtrpcContext,
+        request: DeviceRequest,
+    ) -> ttrpc::Result<Empty> {
+        let slot = request.slot;
+        let doing = move || format!("letting go of the device in slot {slot}");
+        whole(off_loop(move || slots::release(slot), doing)).await
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -22,6 +22,7 @@ use libcontainer::oci_spec::runtime::{
     LinuxSeccompAction, PosixRlimit, Process, Spec, User,
 };
 
+use crate::cpus;
 use crate::devices::{self, Rule};
 use crate::dirs;
 use crate::error::{Error, Result};
@@ -67,6 +68,8 @@ pub struct ContainerSpec {
     pub workload: Workload,
     /// Absolute path within the cgroup hierarchy, never its root.
     pub cgroup: PathBuf,
+    /// How many CPUs it may use; `None`: all.
+    pub cpus: Option<u32>,
     pub devices: Vec<Rule>,
     pub defaults: Defaults,
 }
@@ -141,6 +144,7 @@ pub fn container(
         Some(resources) => adapt_resources(resources)?,
         None => Vec::new(),
     };
+    let cpus = cpus::usable(linux.resources().as_ref());
 
     let defaults = Defaults {
         capabilities: process
@@ -162,6 +166,7 @@ pub fn container(
         config: encode(&spec)?,
         workload,
         cgroup,
+        cpus,
         devices,
         defaults,
     })

@@ -18,6 +18,7 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 
+use crate::cpus;
 use crate::dirs;
 use crate::error::chain;
 use crate::report::{ChildStdio, Create, Exec, Failure, FailureKind, Report, Request, Update};
@@ -79,6 +80,8 @@ fn serve(mut request: File, report: &OwnedFd) -> Result<Report, String> {
 }
 
 fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
+    // First, since a set of CPUs can hold only those that are online.
+    cpus::bring_online(create.cpus).map_err(|error| error.to_string())?;
     let workload = finish(create.workload, report)?;
     let container = builder(create.container_id, create.stdio)
         .and_then(|builder| {
@@ -160,6 +163,9 @@ fn run_update(update: &Update) -> Result<Report, String> {
         oom_score_adj: None,
         freezer_state: None,
     };
+    if let Some(count) = cpus::usable(Some(&update.resources)) {
+        cpus::bring_online(Some(count)).map_err(|error| describe(&error))?;
+    }
     manager.apply(&options).map_err(|error| describe(&error))?;
     Ok(Report::Done)
 }

@@ -328,6 +328,8 @@ fn reason_in_words(reason: EndReason) -> &'static str {
         EndReason::OwnerGone => "the process that started it is gone",
         EndReason::GuestPanic => "the guest's kernel panicked",
         EndReason::GuestReset => "the guest reset itself",
+        EndReason::TripleFault => "the guest's processor gave up",
+        EndReason::KvmInternalError => "KVM could not go on with the guest",
         EndReason::EngineFailed => "its engine failed",
         EndReason::ProcessKilled => "its process was killed from outside",
     }

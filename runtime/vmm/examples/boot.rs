@@ -1,4 +1,4 @@
-//! Boots a VM and shows what its kernel says: `boot kvm|software KERNEL INITRAMFS [MIB [VCPUS [WORDS…]]]`. For looking at an engine,
+//! Boots a VM and shows what its kernel says: `boot kvm|software KERNEL INITRAMFS [MIB [MAX-VCPUS [WORDS…]]]`. For looking at an engine,
 //! a kernel or an initramfs by itself. Its exit status is 0 if the guest shut down in an orderly way.
 
 use std::path::Path;
@@ -14,7 +14,7 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(vm_main());
     }
     let [_, engine, kernel, initramfs, rest @ ..] = words.as_slice() else {
-        bail!("usage: boot kvm|software KERNEL INITRAMFS [MIB [VCPUS [WORDS…]]]");
+        bail!("usage: boot kvm|software KERNEL INITRAMFS [MIB [MAX-VCPUS [WORDS…]]]");
     };
     let number = |at: usize, default: u32| rest.get(at).map_or(Ok(default), |word| word.parse());
     let level = std::env::var("LOG")
@@ -33,7 +33,8 @@ fn main() -> anyhow::Result<ExitCode> {
             Engine::Software
         },
         memory_mib: number(0, 256)?,
-        vcpus: u8::try_from(number(1, 1)?)?,
+        vcpus: 1,
+        max_vcpus: u8::try_from(number(1, 1)?)?,
         kernel: kernel.into(),
         initramfs: initramfs.into(),
         cmdline: rest.get(2..).unwrap_or_default().join(" "),

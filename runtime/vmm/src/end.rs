@@ -28,8 +28,12 @@ pub enum EndReason {
     OwnerGone,
     /// The guest's kernel panicked.
     GuestPanic,
-    /// The guest was reset without a word: a triple fault, or a panic before its console worked.
+    /// The guest was reset without a word. On the software engine a triple fault is one too.
     GuestReset,
+    /// The guest's processor could not go on: a fault while it handled a fault while it handled a fault.
+    TripleFault,
+    /// KVM could not go on with the guest: an instruction it cannot emulate, an event it cannot deliver.
+    KvmInternalError,
     /// What runs the guest could not start, died, or failed in some other way.
     EngineFailed,
     /// The VM process itself was killed; nobody was left to say more.

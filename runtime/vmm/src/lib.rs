@@ -23,7 +23,7 @@ mod vhost_user;
 
 pub use choose::{EngineChoice, NoKvm, UnknownEngine, choose};
 pub use cloison_devices::Attachment;
-pub use control::{ControlClient, ControlError, State, Status};
+pub use control::{ControlClient, ControlError, DeviceKind, State, Status};
 pub use end::{END_FILE, End, EndFileError, EndReason, await_end, read_end};
 pub use handoff::MAX_EARLY_ATTACHMENTS;
 pub use launch::{

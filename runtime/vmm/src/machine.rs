@@ -3,7 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::control::State;
+use crate::control::{DeviceKind, State};
 
 /// Whether a descriptor is still worth watching.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,31 @@ pub(crate) trait Machine {
 
     /// IDs of the processes that run beside the VM process.
     fn pids(&self) -> Vec<u32>;
+
+    /// How many vCPUs the guest may use.
+    fn vcpus(&self) -> u8;
+
+    /// How many it can be given.
+    fn max_vcpus(&self) -> u8;
+
+    /// Stops the guest's vCPUs; returns when they have stopped. What is paused already stays so.
+    ///
+    /// # Errors
+    /// Why it cannot be done, for people; as for those below.
+    fn pause(&mut self) -> Result<(), String>;
+
+    /// Lets a paused guest go on.
+    fn resume(&mut self) -> Result<(), String>;
+
+    /// Lets the guest use this many vCPUs. It is for the guest to start those that come, and to leave those that go before they
+    /// do.
+    fn resize(&mut self, vcpus: u8) -> Result<(), String>;
+
+    /// Gives the guest one more device and answers the slot it is in; it is for the guest to look there.
+    fn plug(&mut self, kind: DeviceKind) -> Result<u32, String>;
+
+    /// Takes a device away that was given to the guest by [`Machine::plug`].
+    fn unplug(&mut self, slot: u32) -> Result<(), String>;
 
     /// Ends the guest, if it has not ended by itself, and returns when nothing of it runs any more.
     fn end(&mut self);

@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::read;
 use tracing::level_filters::LevelFilter;
 
-use crate::control::{Host, Server, Status};
+use crate::control::{DeviceKind, Host, Server, Status};
 use crate::devices::{Devices, DevicesError, make_devices};
 use crate::end::{self, End, EndReason};
 use crate::handoff::{self, Handoff};
@@ -281,7 +281,8 @@ impl Host for Vm {
                 ..self.timeline
             },
             memory_mib: self.spec.memory_mib,
-            vcpus: self.spec.vcpus,
+            vcpus: self.machine.vcpus(),
+            max_vcpus: self.machine.max_vcpus(),
         }
     }
 
@@ -298,6 +299,26 @@ impl Host for Vm {
 
     fn detach(&mut self, port: u32) {
         self.vsock.detach(port);
+    }
+
+    fn pause(&mut self) -> Result<(), String> {
+        self.machine.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        self.machine.resume()
+    }
+
+    fn resize(&mut self, vcpus: u8) -> Result<(), String> {
+        self.machine.resize(vcpus)
+    }
+
+    fn plug(&mut self, device: DeviceKind) -> Result<u32, String> {
+        self.machine.plug(device)
+    }
+
+    fn unplug(&mut self, slot: u32) -> Result<(), String> {
+        self.machine.unplug(slot)
     }
 
     fn kernel_log(&self, limit: usize) -> String {

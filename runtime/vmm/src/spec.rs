@@ -32,8 +32,10 @@ pub struct VmSpec {
     pub engine: Engine,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// vCPUs the guest sees, 1..=64.
+    /// vCPUs the guest may use from the start, 1..=64.
     pub vcpus: u8,
+    /// vCPUs it can be given while it runs, `vcpus` to 64. Those beyond `vcpus` are parked and cost next to nothing.
+    pub max_vcpus: u8,
     /// Uncompressed ELF kernel.
     pub kernel: PathBuf,
     /// Initial ramfs with the agent.
@@ -57,6 +59,14 @@ pub enum SpecError {
     /// No vCPU, or too many.
     #[error("a VM with {0} vCPUs is out of range: it takes 1 to {max}", max = VmSpec::MAX_VCPUS)]
     Vcpus(u8),
+    /// Fewer vCPUs at most than at the start.
+    #[error("a VM that starts with {vcpus} vCPUs cannot have at most {max}")]
+    MaxVcpus {
+        /// At the start.
+        vcpus: u8,
+        /// At most.
+        max: u8,
+    },
     /// An ID that could be mistaken for something else on a command line.
     #[error("VM ID {0:?} is not made of 1 to {max} letters, digits, '_', '.' and '-'", max = VmSpec::MAX_ID)]
     Id(String),
@@ -89,6 +99,12 @@ impl VmSpec {
         if !(1..=Self::MAX_VCPUS).contains(&self.vcpus) {
             return Err(SpecError::Vcpus(self.vcpus));
         }
+        if !(self.vcpus..=Self::MAX_VCPUS).contains(&self.max_vcpus) {
+            return Err(SpecError::MaxVcpus {
+                vcpus: self.vcpus,
+                max: self.max_vcpus,
+            });
+        }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         if self.id.is_empty() || self.id.len() > Self::MAX_ID || !self.id.chars().all(plain) {
             return Err(SpecError::Id(self.id.clone()));
@@ -110,6 +126,7 @@ mod tests {
             engine: Engine::Software,
             memory_mib: 256,
             vcpus: 1,
+            max_vcpus: 1,
             kernel: "vmlinux".into(),
             initramfs: "initramfs".into(),
             cmdline: String::new(),
@@ -136,13 +153,25 @@ mod tests {
 
     #[test]
     fn sizes_out_of_range_are_refused() {
-        for (memory_mib, vcpus) in [(0, 1), (u32::MAX, 1), (256, 0), (256, 65), (256, 255)] {
+        for (memory_mib, vcpus, max_vcpus) in [
+            (0, 1, 1),
+            (u32::MAX, 1, 1),
+            (256, 0, 1),
+            (256, 65, 65),
+            (256, 255, 255),
+            (256, 2, 1),
+            (256, 1, 65),
+        ] {
             let spec = VmSpec {
                 memory_mib,
                 vcpus,
+                max_vcpus,
                 ..spec()
             };
-            assert!(spec.validate().is_err(), "{memory_mib} MiB, {vcpus} vCPUs");
+            assert!(
+                spec.validate().is_err(),
+                "{memory_mib} MiB, {vcpus} to {max_vcpus} vCPUs"
+            );
         }
     }
 

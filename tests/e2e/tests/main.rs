@@ -15,6 +15,7 @@ mod pty;
 mod bad_input;
 mod debian;
 mod detached;
+mod engine;
 mod exec;
 mod faults;
 mod isolation;

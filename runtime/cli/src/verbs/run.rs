@@ -97,11 +97,13 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     }
     let id = Id::random().context("cannot make an ID")?;
     let vcpus = args.cpus.map_or(1, |cpus| cpus.0.div_ceil(1000));
+    let vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX);
     let vm = VmSpec {
         id: id.to_string(),
         engine,
         memory_mib: vm_memory,
-        vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+        vcpus,
+        max_vcpus: vcpus,
         kernel: parts::kernel(global)?,
         initramfs: parts::initramfs(global)?,
         cmdline: String::new(),

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use nix::sys::socket::{MsgFlags, SockType, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use super::{Reply, Request, Status};
+use super::{DeviceKind, Reply, Request, Status};
 use crate::packet::{self, MAX_PACKET, Received};
 
 /// Seconds after which a VM process that does not answer is given up.
@@ -132,12 +132,61 @@ impl ControlClient {
         }
     }
 
+    /// Stops the guest's vCPUs; returns when they have stopped. A VM that is paused stays so.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn pause(&self) -> Result<(), ControlError> {
+        self.tell(&Request::Pause {})
+    }
+
+    /// Lets a paused guest go on.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn resume(&self) -> Result<(), ControlError> {
+        self.tell(&Request::Resume {})
+    }
+
+    /// Lets the guest use `vcpus` vCPUs, 1 to [`Status::max_vcpus`]. The agent is to start those that come, afterwards, and to stop
+    /// those that go, before.
+    ///
+    /// # Errors
+    /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and for a number out of range.
+    pub fn resize(&self, vcpus: u8) -> Result<(), ControlError> {
+        self.tell(&Request::Resize { vcpus })
+    }
+
+    /// Gives the guest one more device. Answers the slot it is in, at which the agent is to look.
+    ///
+    /// # Errors
+    /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and when no slot is empty.
+    pub fn plug(&self, device: DeviceKind) -> Result<u32, ControlError> {
+        match self.ask(&Request::Plug { device }, &[])? {
+            Reply::Plugged { slot } => Ok(slot),
+            _ => Err(ControlError::Nonsense(None)),
+        }
+    }
+
+    /// Takes a device away that came by [`ControlClient::plug`], and that the agent has let go of.
+    ///
+    /// # Errors
+    /// See [`ControlError`]; [`ControlError::Refused`] when there is no such device.
+    pub fn unplug(&self, slot: u32) -> Result<(), ControlError> {
+        self.tell(&Request::Unplug { slot })
+    }
+
     /// Ends the VM at once. Returns when the VM process has agreed to it, not when it is gone.
     ///
     /// # Errors
     /// See [`ControlError`]; [`ControlError::Gone`] means that there is nothing left to kill.
     pub fn kill(&self) -> Result<(), ControlError> {
-        match self.ask(&Request::Kill {}, &[])? {
+        self.tell(&Request::Kill {})
+    }
+
+    /// Asks for something to which there is no answer but that it is done.
+    fn tell(&self, request: &Request) -> Result<(), ControlError> {
+        match self.ask(request, &[])? {
             Reply::Done {} => Ok(()),
             _ => Err(ControlError::Nonsense(None)),
         }

@@ -22,6 +22,16 @@ enum Request {
     Attach { read: bool, write: bool, done: bool },
     /// What has the guest's kernel said? Answered by [`Reply::KernelLog`].
     KernelLog {},
+    /// Stop the guest's vCPUs. Answered by [`Reply::Done`] when they have stopped.
+    Pause {},
+    /// Let a paused guest go on. Answered by [`Reply::Done`].
+    Resume {},
+    /// Let the guest use this many vCPUs. Answered by [`Reply::Done`].
+    Resize { vcpus: u8 },
+    /// Give the guest one more device. Answered by [`Reply::Plugged`].
+    Plug { device: DeviceKind },
+    /// Take a device away that came by [`Request::Plug`]. Answered by [`Reply::Done`].
+    Unplug { slot: u32 },
     /// End the VM at once. Answered by [`Reply::Done`], then the socket hangs up.
     Kill {},
 }
@@ -34,6 +44,7 @@ enum Reply {
     Status(Status),
     Attached { port: u32 },
     KernelLog { text: String },
+    Plugged { slot: u32 },
     Error { message: String },
 }
 
@@ -56,8 +67,18 @@ pub struct Status {
     pub timeline: Timeline,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// vCPUs the guest sees.
+    /// vCPUs the guest may use.
     pub vcpus: u8,
+    /// vCPUs it can be given.
+    pub max_vcpus: u8,
+}
+
+/// A device that a guest can be given while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// One more source of entropy.
+    Rng,
 }
 
 /// How far the guest has come.
@@ -68,4 +89,6 @@ pub enum State {
     Starting,
     /// It has.
     Running,
+    /// Its vCPUs have been stopped.
+    Paused,
 }

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 
-use super::{Reply, Request, Status};
+use super::{DeviceKind, Reply, Request, Status};
 use crate::packet::{self, MAX_PACKET, Packet, Received};
 
 /// The most clients at a time; one more is told so and hung up on.
@@ -36,6 +36,18 @@ pub(crate) trait Host {
 
     /// At most the last `limit` bytes of the kernel's log.
     fn kernel_log(&self, limit: usize) -> String;
+
+    /// Stops the guest, or says why not; so do those below.
+    fn pause(&mut self) -> Result<(), String>;
+
+    fn resume(&mut self) -> Result<(), String>;
+
+    fn resize(&mut self, vcpus: u8) -> Result<(), String>;
+
+    /// Answers the slot in which the device is.
+    fn plug(&mut self, device: DeviceKind) -> Result<u32, String>;
+
+    fn unplug(&mut self, slot: u32) -> Result<(), String>;
 
     /// Ends the VM as soon as the request has been answered.
     fn kill(&mut self);
@@ -178,7 +190,7 @@ fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::Attach { read, write, done } => {
             [read, write, done].into_iter().filter(|&x| x).count()
         }
-        Request::Status {} | Request::KernelLog {} | Request::Kill {} => 0,
+        _ => 0,
     };
     if packet.fds.len() != expected {
         let got = packet.fds.len();
@@ -187,6 +199,7 @@ fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         ));
     }
     let mut fds = packet.fds.into_iter();
+    let done = |result: Result<(), String>| result.map_or_else(refuse, |()| Reply::Done {});
     match request {
         Request::Status {} => Reply::Status(host.status()),
         Request::Attach { read, write, done } => {
@@ -199,6 +212,14 @@ fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::KernelLog {} => Reply::KernelLog {
             text: host.kernel_log(MAX_LOG_REPLY),
         },
+        Request::Pause {} => done(host.pause()),
+        Request::Resume {} => done(host.resume()),
+        Request::Resize { vcpus } => done(host.resize(vcpus)),
+        Request::Plug { device } => match host.plug(device) {
+            Ok(slot) => Reply::Plugged { slot },
+            Err(why) => refuse(why),
+        },
+        Request::Unplug { slot } => done(host.unplug(slot)),
         Request::Kill {} => {
             host.kill();
             Reply::Done {}

@@ -69,11 +69,17 @@ pub(super) fn load_initramfs(
     Ok(Ok(Initramfs { start, size }))
 }
 
+/// What every guest of this engine is told. With `quiet` its log keeps to what matters; each line is some exits. A panic becomes a
+/// reset at once (`panic=-1`), by the keyboard controller's reset line (`reboot=k`), which is told from a triple fault. CPUs beyond
+/// the first wait until they are asked for (`maxcpus=1`). Nothing is patched for one processor (`noreplace-smp`), since every page
+/// of the kernel that is written is a page that this VM no longer shares; for the same reason the initramfs stays where it is when
+/// it has been unpacked (`retain_initrd`). The host vouches for its clock (`tsc=reliable`): CPUs that come need not compare theirs.
+const WORDS: &str =
+    "console=hvc0 quiet panic=-1 reboot=k maxcpus=1 noreplace-smp retain_initrd tsc=reliable";
+
 /// The words every guest of this engine is started with, those that name the slots, and the caller's.
 pub(super) fn command_line(words: &str) -> Result<String, KvmError> {
-    // With a console that is a virtio device, a panicking kernel must not wait for anybody to read it, and ends by the keyboard
-    // controller's reset line, which is a port write. CPUs beyond the first wait until they are asked for.
-    let mut line = String::from("console=hvc0 panic=-1 reboot=k maxcpus=1");
+    let mut line = String::from(WORDS);
     for slot in 0..SLOT_COUNT {
         let (address, irq) = (slot_address(slot), slot_irq(slot));
         line.push_str(&format!(" virtio_mmio.device={PAGE:#x}@{address:#x}:{irq}"));

@@ -36,12 +36,26 @@ pub(crate) enum KvmError {
     /// More words than the kernel reads.
     #[error("the kernel command line is {0} bytes long, more than the {max} the kernel reads", max = super::layout::CMDLINE_SIZE - 1)]
     Cmdline(usize),
+    /// Every slot has a device in it.
+    #[error("all {max} slots for devices are taken", max = super::layout::SLOT_COUNT)]
+    NoSlot,
+    /// There is no device in this slot.
+    #[error("there is no device in slot {0}")]
+    EmptySlot(usize),
     /// Something in guest memory could not be written.
     #[error("cannot write the {what} to guest memory")]
     Write {
         what: &'static str,
         source: vm_memory::GuestMemoryError,
     },
+    /// A state that another version of this program has saved.
+    #[error("the saved state of a vCPU has version {found}; this program knows version {known}")]
+    StateVersion { found: u32, known: u32 },
+    /// A register that a saved state has a value for.
+    #[error(
+        "this host's KVM does not let a vCPU have what its model-specific register {0:#x} held"
+    )]
+    Msr(u32),
     /// Something other than KVM.
     #[error("cannot {what}")]
     System {

@@ -1,51 +1,43 @@
-//! A whole virtual machine under KVM: put together, started, and ended.
+//! A whole virtual machine under KVM: put together, started, paused, changed, and ended.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use cloison_devices::{Console, Device, Rng};
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE, SLOT_COUNT, slot_address, slot_irq};
+use super::gate::Gate;
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
 use super::ports::Ports;
-use super::registers::QUEUE_NOTIFY;
 use super::run::{self, Machine as Shared};
-use super::slot::Slots;
 use super::vcpu::{self, Offer};
-use super::worker::Worker;
 use super::{boot, kernel, kick, memory, mptable};
-use crate::control::State;
+use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::kernel_log::KernelLog;
 use crate::machine::{Machine, Watch};
 use crate::spec::VmSpec;
-use crate::stop::Stop;
-
-/// Which worker serves a device. File system requests wait for the host's disks, so they keep nobody else waiting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Serves {
-    Files,
-    Rest,
-}
+use crate::stop::{Stop, chain};
 
 /// A virtual machine.
 pub(crate) struct KvmMachine {
-    /// Keeps the VM, and with it its memory slots, lines and notifications, for as long as there are threads.
-    _vm: VmFd,
+    vm: Arc<VmFd>,
+    offer: Offer,
+    max_vcpus: u8,
     shared: Arc<Shared>,
-    /// vCPUs that have no thread yet.
-    idle: Vec<VcpuFd>,
+    bus: Bus,
+    /// The vCPU that boots, until it has its thread.
+    first: Option<VcpuFd>,
+    /// A thread for each vCPU there is, by their IDs.
     vcpus: Vec<JoinHandle<()>>,
-    workers: Vec<(JoinHandle<()>, EventFd)>,
 }
 
 impl KvmMachine {
@@ -68,54 +60,69 @@ impl KvmMachine {
         vm.create_irq_chip()
             .map_err(kvm("make interrupt controllers"))?;
 
-        let slots = Arc::new(Slots::new(lines(&vm)?, memory));
-        let workers = plug(&vm, &slots, devices, log.clone())?;
-
-        let offer = Offer::of(&kvm_fd)?;
-        let idle = (0..spec.vcpus)
-            .map(|id| vcpu::create(&vm, &offer, id, spec.vcpus))
-            .collect::<Result<Vec<_>, _>>()?;
-        if let Some(first) = idle.first() {
-            vcpu::point_at(first, entry)?;
+        let vm = Arc::new(vm);
+        let mut bus = Bus::new(Arc::clone(&vm), memory)?;
+        for (name, device) in boot_devices(devices, log.clone())? {
+            bus.plug(name, device)?;
         }
+        let offer = Offer::of(&kvm_fd)?;
+        let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
+        vcpu::point_at(&first, entry)?;
         kick::install().map_err(system("install a signal handler"))?;
         let shared = Arc::new(Shared {
-            slots,
+            slots: Arc::clone(bus.slots()),
             ports: Mutex::new(Ports::new(log.clone())),
             log,
             stop,
-            ending: AtomicBool::new(false),
+            gate: Gate::new(spec.vcpus),
         });
-        let mut machine = Self {
-            _vm: vm,
+        bus.start(&shared.stop)?;
+        Ok(Self {
+            vm,
+            offer,
+            max_vcpus: spec.max_vcpus,
             shared,
-            idle,
+            bus,
+            first: Some(first),
             vcpus: Vec::new(),
-            workers: Vec::new(),
-        };
-        for (name, worker) in workers {
-            let stopper = worker.stopper().map_err(system("make a worker"))?;
-            let slots = Arc::clone(&machine.shared.slots);
-            let thread = machine.shared.stop.spawn(name, move || worker.run(&slots));
-            machine
-                .workers
-                .push((thread.map_err(system("start a worker"))?, stopper));
-        }
-        Ok(machine)
+        })
     }
 
-    /// Lets the guest run.
+    /// Lets the guest run. The other vCPUs it may have are made while it boots; it asks for them much later.
     pub(crate) fn start(&mut self) -> Result<(), KvmError> {
-        for (id, vcpu) in (0..).zip(self.idle.drain(..)) {
-            let shared = Arc::clone(&self.shared);
-            let thread = self
-                .shared
-                .stop
-                .spawn(&format!("vcpu{id}"), move || run::run(id, vcpu, &shared));
-            self.vcpus
-                .push(thread.map_err(system("start a vCPU's thread"))?);
+        if let Some(first) = self.first.take() {
+            self.add(first)?;
+        }
+        self.make_vcpus(self.shared.gate.allowed())
+    }
+
+    /// Makes the vCPUs that are missing up to `count`. They wait in KVM until the guest starts them.
+    fn make_vcpus(&mut self, count: u8) -> Result<(), KvmError> {
+        for id in self.vcpus.len() as u8..count {
+            self.add(vcpu::create(&self.vm, &self.offer, id, self.max_vcpus)?)?;
         }
         Ok(())
+    }
+
+    fn add(&mut self, vcpu: VcpuFd) -> Result<(), KvmError> {
+        let id = self.vcpus.len() as u8;
+        let shared = Arc::clone(&self.shared);
+        let thread = self
+            .shared
+            .stop
+            .spawn(&format!("vcpu{id}"), move || run::run(id, vcpu, &shared));
+        self.vcpus
+            .push(thread.map_err(system("start a vCPU's thread"))?);
+        Ok(())
+    }
+
+    /// Has every vCPU pass the gate again.
+    fn kick(&self) {
+        for thread in &self.vcpus {
+            if let Err(error) = kick::kick(thread) {
+                tracing::error!("cannot kick a vCPU: {error}");
+            }
+        }
     }
 }
 
@@ -129,7 +136,9 @@ impl Machine for KvmMachine {
     }
 
     fn state(&self) -> State {
-        if self.shared.slots.taken() {
+        if self.shared.gate.is_paused() {
+            State::Paused
+        } else if self.shared.slots.taken() {
             State::Running
         } else {
             State::Starting
@@ -140,21 +149,61 @@ impl Machine for KvmMachine {
         Vec::new()
     }
 
-    fn end(&mut self) {
-        self.shared.ending.store(true, Ordering::Release);
-        for thread in &self.vcpus {
-            if let Err(error) = kick::kick(thread) {
-                tracing::error!("cannot kick a vCPU: {error}");
-            }
+    fn vcpus(&self) -> u8 {
+        self.shared.gate.allowed()
+    }
+
+    fn max_vcpus(&self) -> u8 {
+        self.max_vcpus
+    }
+
+    fn pause(&mut self) -> Result<(), String> {
+        self.shared.gate.pause();
+        self.kick();
+        self.shared.gate.await_outside();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        self.shared.gate.resume();
+        Ok(())
+    }
+
+    fn resize(&mut self, vcpus: u8) -> Result<(), String> {
+        if !(1..=self.max_vcpus).contains(&vcpus) {
+            let most = self.max_vcpus;
+            return Err(format!("this VM can have 1 to {most} vCPUs, not {vcpus}"));
         }
+        self.make_vcpus(vcpus).map_err(|error| chain(&error))?;
+        self.shared.gate.allow(vcpus);
+        self.kick();
+        self.shared.gate.await_outside();
+        Ok(())
+    }
+
+    fn plug(&mut self, kind: DeviceKind) -> Result<u32, String> {
+        let (name, device) = match kind {
+            DeviceKind::Rng => ("rng", Rng::new().map(Box::new)),
+        };
+        let device = device.map_err(|errno| format!("cannot make the device: {errno}"))?;
+        let slot = self.bus.plug(name, device).map_err(|error| chain(&error))?;
+        Ok(slot as u32)
+    }
+
+    fn unplug(&mut self, slot: u32) -> Result<(), String> {
+        if (slot as usize) < BOOT_DEVICES {
+            return Err(format!("the device in slot {slot} belongs to the VM"));
+        }
+        let unplugged = self.bus.unplug(slot as usize);
+        unplugged.map_err(|error| chain(&error))
+    }
+
+    fn end(&mut self) {
+        self.shared.gate.end();
+        self.kick();
         // A thread that panicked has said so before it ended.
         self.vcpus.drain(..).for_each(|thread| drop(thread.join()));
-        for (thread, stopper) in self.workers.drain(..) {
-            match stopper.write(1) {
-                Ok(()) => drop(thread.join()),
-                Err(error) => tracing::error!("cannot stop a worker: {error}"),
-            }
-        }
+        self.bus.end();
     }
 }
 
@@ -199,7 +248,7 @@ fn load(spec: &VmSpec, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
     let initramfs = boot::load_initramfs(&file(role, path)?, memory, &kernel, spec.memory_mib);
     let initramfs = initramfs.map_err(in_file(role, path))??;
     boot::write(memory, &boot::command_line(&spec.cmdline)?, initramfs)?;
-    let table = mptable::build(spec.vcpus);
+    let table = mptable::build(spec.max_vcpus);
     memory
         .write_slice(&table, GuestAddress(MP_TABLE))
         .map_err(|source| KvmError::Write {
@@ -217,53 +266,20 @@ fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
     }
 }
 
-/// Interrupt lines for all slots, so that a device plugged later needs no more of KVM than its notifications.
-fn lines(vm: &VmFd) -> Result<Vec<EventFd>, KvmError> {
-    let line = |slot| {
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(system("make an interrupt line"))?;
-        vm.register_irqfd(&line, slot_irq(slot))
-            .map_err(kvm("connect an interrupt line"))?;
-        Ok(line)
-    };
-    (0..SLOT_COUNT).map(line).collect()
-}
+/// How many devices every guest has from its start, in the first slots.
+const BOOT_DEVICES: usize = 4;
 
-/// Puts the devices every guest has into the first slots, and has their notifications go to the workers that serve them.
-fn plug(
-    vm: &VmFd,
-    slots: &Slots,
-    devices: Devices,
-    log: KernelLog,
-) -> Result<[(&'static str, Worker); 2], KvmError> {
+/// A device and its name.
+type Named = (&'static str, Box<dyn Device>);
+
+fn boot_devices(devices: Devices, log: KernelLog) -> Result<[Named; BOOT_DEVICES], KvmError> {
     let console =
         Console::new(Box::new(move |bytes| log.push(bytes))).map_err(system("make the console"))?;
     let rng = Rng::new().map_err(system("make the entropy device"))?;
-    let all: [(&str, Serves, Box<dyn Device>); 4] = [
-        ("console", Serves::Rest, Box::new(console)),
-        ("rng", Serves::Rest, Box::new(rng)),
-        ("vsock", Serves::Rest, devices.vsock),
-        ("fs", Serves::Files, devices.fs),
-    ];
-    let worker = || Worker::new().map_err(system("make a worker"));
-    let (mut files, mut rest) = (worker()?, worker()?);
-    for (slot, (name, serves, device)) in all.into_iter().enumerate() {
-        let worker = if serves == Serves::Files {
-            &mut files
-        } else {
-            &mut rest
-        };
-        let notify = IoEventAddress::Mmio(slot_address(slot) + QUEUE_NOTIFY);
-        for (queue, _) in (0_u32..).zip(device.queue_sizes()) {
-            let notification = worker
-                .notification(slot, queue as usize)
-                .map_err(system("make a queue's notification"))?;
-            vm.register_ioevent(notification, &notify, queue)
-                .map_err(kvm("watch a queue's notification"))?;
-        }
-        slots
-            .plug(slot, name, device, worker.host_watch(slot))
-            .map_err(system("plug a device"))?;
-    }
-    Ok([("fs", files), ("devices", rest)])
+    Ok([
+        ("console", Box::new(console)),
+        ("rng", Box::new(rng)),
+        ("vsock", devices.vsock),
+        ("fs", devices.fs),
+    ])
 }

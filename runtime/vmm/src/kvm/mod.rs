@@ -3,8 +3,10 @@
 //! before the guest's first instruction and nothing after.
 
 mod boot;
+mod bus;
 mod cpuid;
 mod error;
+mod gate;
 mod kernel;
 mod kick;
 mod layout;
@@ -16,6 +18,7 @@ mod registers;
 mod run;
 mod slot;
 mod vcpu;
+mod vcpu_state;
 mod worker;
 
 pub(crate) use error::KvmError;

@@ -170,6 +170,14 @@ impl Registers {
         Effect::Nothing
     }
 
+    /// Whether these can be the registers of a device that has `untouched` ones before any driver has seen it.
+    pub(super) fn fit(&self, untouched: &Self, identity: Identity) -> bool {
+        let sizes = |registers: &Self| -> Vec<u16> {
+            registers.queues.iter().map(|queue| queue.max).collect()
+        };
+        sizes(self) == sizes(untouched) && self.driver_features & !identity.features == 0
+    }
+
     fn queue(&self) -> Option<&QueueRegisters> {
         self.queues.get(self.queue_sel as usize)
     }

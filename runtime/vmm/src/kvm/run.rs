@@ -2,7 +2,6 @@
 //! or the thread is kicked.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -11,6 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::gate::Gate;
 use super::kick::Entry;
 use super::ports::{Ports, Request};
 use super::slot::Slots;
@@ -24,8 +24,7 @@ pub(super) struct Machine {
     pub(super) ports: Mutex<Ports>,
     pub(super) log: KernelLog,
     pub(super) stop: Stop,
-    /// Set before the vCPUs are kicked for the last time.
-    pub(super) ending: AtomicBool,
+    pub(super) gate: Gate,
 }
 
 /// How often a vCPU left the guest, by what for.
@@ -47,14 +46,19 @@ pub(super) struct RunError(#[source] io::Error);
 pub(super) fn run(id: u8, vcpu: VcpuFd, machine: &Machine) -> Result<(), RunError> {
     let mut entry = Entry::new(vcpu);
     let mut exits = Exits::default();
-    let verdict = loop {
-        match step(entry.vcpu(), machine, &mut exits) {
-            Ok(None) if machine.ending.load(Ordering::Acquire) => break None,
-            Ok(None) => {}
-            Ok(Some(verdict)) => break Some(verdict),
-            Err(error) => return Err(RunError(error)),
+    let pass = machine.gate.pass_of(id);
+    let mut may_run = pass.pass();
+    let mut verdict = None;
+    while may_run {
+        match step(entry.vcpu(), machine, &mut exits).map_err(RunError)? {
+            Step::Inside => {}
+            Step::Kicked => may_run = pass.pass(),
+            Step::End(reason, message) => {
+                verdict = Some((reason, message));
+                break;
+            }
         }
-    };
+    }
     tracing::debug!(id, ?exits, "vCPU stops");
     if let Some((reason, message)) = verdict {
         machine.stop.stop(reason, message);
@@ -62,9 +66,17 @@ pub(super) fn run(id: u8, vcpu: VcpuFd, machine: &Machine) -> Result<(), RunErro
     Ok(())
 }
 
-type Verdict = (EndReason, String);
+/// What came of one stay in the guest.
+enum Step {
+    /// The guest was served and goes on.
+    Inside,
+    /// Somebody wants the vCPU out of the guest.
+    Kicked,
+    /// The guest cannot go on.
+    End(EndReason, String),
+}
 
-fn step(vcpu: &mut VcpuFd, machine: &Machine, exits: &mut Exits) -> io::Result<Option<Verdict>> {
+fn step(vcpu: &mut VcpuFd, machine: &Machine, exits: &mut Exits) -> io::Result<Step> {
     match vcpu.run() {
         Ok(VcpuExit::MmioRead(address, data)) => {
             exits.memory_read += 1;
@@ -81,30 +93,31 @@ fn step(vcpu: &mut VcpuFd, machine: &Machine, exits: &mut Exits) -> io::Result<O
         Ok(VcpuExit::IoOut(port, data)) => {
             exits.port += 1;
             if machine.ports().write(port, data) == Request::Reset {
-                return Ok(Some(machine.reset()));
+                return Ok(machine.reset());
             }
         }
-        Ok(VcpuExit::Shutdown) => return Ok(Some(machine.crash())),
-        Ok(VcpuExit::InternalError) => return Ok(Some(internal_error(vcpu))),
+        Ok(VcpuExit::Shutdown) => return Ok(machine.crash()),
+        Ok(VcpuExit::InternalError) => return Ok(internal_error(vcpu)),
         Ok(VcpuExit::FailEntry(reason, cpu)) => {
             let message = format!(
                 "the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"
             );
-            return Ok(Some((EndReason::EngineFailed, message)));
+            return Ok(Step::End(EndReason::EngineFailed, message));
         }
         Ok(exit) => {
             exits.other += 1;
             let message =
                 format!("KVM left the guest for a reason the engine does not know: {exit:?}");
-            return Ok(Some((EndReason::EngineFailed, message)));
+            return Ok(Step::End(EndReason::EngineFailed, message));
         }
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
             exits.kick += 1;
             vcpu.set_kvm_immediate_exit(0);
+            return Ok(Step::Kicked);
         }
         Err(error) => return Err(error.into()),
     }
-    Ok(None)
+    Ok(Step::Inside)
 }
 
 impl Machine {
@@ -113,39 +126,32 @@ impl Machine {
     }
 
     /// The guest has pulled the reset line: its kernel has said why, or it was not its kernel.
-    fn reset(&self) -> Verdict {
-        if let Some(why) = self.log.panic() {
-            (
-                EndReason::GuestPanic,
-                format!("the guest's kernel panicked: {why}"),
-            )
-        } else if self.log.stopped_orderly() {
-            (EndReason::Shutdown, "the guest shut down".into())
-        } else {
-            (
-                EndReason::GuestReset,
-                "the guest was reset without a word".into(),
-            )
+    fn reset(&self) -> Step {
+        if self.log.stopped_orderly() && self.log.panic().is_none() {
+            return Step::End(EndReason::Shutdown, "the guest shut down".into());
         }
+        self.panicked().unwrap_or_else(|| {
+            let message = "the guest was reset without a word".into();
+            Step::End(EndReason::GuestReset, message)
+        })
     }
 
     /// The guest's processor could not go on: a fault, while it handled a fault, while it handled a fault.
-    fn crash(&self) -> Verdict {
-        if let Some(why) = self.log.panic() {
-            (
-                EndReason::GuestPanic,
-                format!("the guest's kernel panicked: {why}"),
-            )
-        } else {
-            (
-                EndReason::GuestReset,
-                "the guest's processor gave up: triple fault".into(),
-            )
-        }
+    fn crash(&self) -> Step {
+        self.panicked().unwrap_or_else(|| {
+            let message = "the guest's processor gave up: triple fault".into();
+            Step::End(EndReason::TripleFault, message)
+        })
+    }
+
+    fn panicked(&self) -> Option<Step> {
+        let why = self.log.panic()?;
+        let message = format!("the guest's kernel panicked: {why}");
+        Some(Step::End(EndReason::GuestPanic, message))
     }
 }
 
-fn internal_error(vcpu: &mut VcpuFd) -> Verdict {
+fn internal_error(vcpu: &mut VcpuFd) -> Step {
     let regs = vcpu.get_regs();
     let run = vcpu.get_kvm_run();
     // SAFETY: KVM has just reported an internal error, so `internal` is the member of the union that it filled; it is plain
@@ -164,8 +170,7 @@ fn internal_error(vcpu: &mut VcpuFd) -> Verdict {
         |_| "an unknown address".into(),
         |regs| format!("{:#x}", regs.rip),
     );
-    (
-        EndReason::EngineFailed,
-        format!("KVM failed inside (internal error {suberror}): {what}, at {place} of the guest"),
-    )
+    let message =
+        format!("KVM failed inside (internal error {suberror}): {what}, at {place} of the guest");
+    Step::End(EndReason::KvmInternalError, message)
 }

@@ -111,6 +111,18 @@ impl Slots {
         Ok(())
     }
 
+    /// Empties slot `index`: no event reaches the device any more, and the guest finds nothing there.
+    pub(super) fn unplug(&self, index: usize) {
+        let Some(slot) = self.slots.get(index) else {
+            return;
+        };
+        let mut guard = slot.lock();
+        if let Some(mut plugged) = guard.take() {
+            plugged.stop();
+            slot.interrupt_status.store(0, Ordering::Release);
+        }
+    }
+
     /// Whether the guest has brought any device to life yet.
     pub(super) fn taken(&self) -> bool {
         self.taken.load(Ordering::Relaxed)
@@ -335,5 +347,6 @@ fn queue(registers: &QueueRegisters, event_idx: bool, memory: &GuestMemoryMmap) 
     queue.is_valid(memory).then_some(queue)
 }
 
+mod state;
 #[cfg(test)]
 mod tests;

@@ -4,12 +4,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::slot::{Event, HostWatch, Slots};
+use crate::stop::Stop;
 
 /// Most events taken from one wait.
 const EVENTS: usize = 16;
@@ -19,23 +21,25 @@ const SLOT_SHIFT: u32 = 8;
 const HOST: u64 = 0xff;
 const STOP: u64 = u64::MAX;
 
-/// What a worker waits for, before and after it has its thread.
+/// A worker, before and after it has its thread.
 pub(super) struct Worker {
+    name: &'static str,
     epoll: Arc<Epoll>,
     stop: EventFd,
-    /// The guest's notifications, kept open for as long as KVM may signal them.
-    notifications: Vec<EventFd>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    pub(super) fn new() -> io::Result<Self> {
+    /// A worker whose thread will be called `name`.
+    pub(super) fn new(name: &'static str) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         epoll.add(borrow(&stop), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
         Ok(Self {
+            name,
             epoll,
             stop,
-            notifications: Vec::new(),
+            thread: None,
         })
     }
 
@@ -47,47 +51,55 @@ impl Worker {
         }
     }
 
-    /// A notification for queue `queue` of `slot`; whoever signals it wakes this worker.
-    pub(super) fn notification(&mut self, slot: usize, queue: usize) -> io::Result<&EventFd> {
+    /// A notification for queue `queue` of `slot`; whoever signals it wakes this worker, until it is dropped.
+    pub(super) fn notification(&self, slot: usize, queue: usize) -> io::Result<EventFd> {
         let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         // Edge-triggered, a notification need never be read: every signal is an edge of its own.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         self.epoll
             .add(borrow(&fd), EpollEvent::new(flags, key(slot, queue as u64)))?;
-        self.notifications.push(fd);
-        self.notifications
-            .last()
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        Ok(fd)
     }
 
-    /// A way to end [`Worker::run`].
-    pub(super) fn stopper(&self) -> io::Result<EventFd> {
-        self.stop.try_clone()
+    /// Starts serving `slots`.
+    pub(super) fn start(&mut self, slots: &Arc<Slots>, stop: &Stop) -> io::Result<()> {
+        let (epoll, slots) = (Arc::clone(&self.epoll), Arc::clone(slots));
+        self.thread = Some(stop.spawn(self.name, move || serve(&epoll, &slots))?);
+        Ok(())
     }
 
-    /// Serves `slots` until stopped.
-    pub(super) fn run(self, slots: &Slots) -> io::Result<()> {
-        let mut events = [EpollEvent::empty(); EVENTS];
-        loop {
-            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
-                Ok(ready) => ready,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => return Err(errno.into()),
+    /// Stops serving; returns when the thread has ended.
+    pub(super) fn end(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        match self.stop.write(1) {
+            // A thread that panicked has said so before it ended.
+            Ok(()) => drop(thread.join()),
+            Err(error) => tracing::error!("cannot stop the {} worker: {error}", self.name),
+        }
+    }
+}
+
+/// Serves `slots` until stopped.
+fn serve(epoll: &Epoll, slots: &Slots) -> io::Result<()> {
+    let mut events = [EpollEvent::empty(); EVENTS];
+    loop {
+        let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(ready) => ready,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        for event in events.iter().take(ready) {
+            let (slot, what) = match event.data() {
+                STOP => return Ok(()),
+                key => ((key >> SLOT_SHIFT) as usize, key & HOST),
             };
-            for event in events.iter().take(ready) {
-                let (slot, what) = match event.data() {
-                    STOP => return Ok(()),
-                    key => ((key >> SLOT_SHIFT) as usize, key & HOST),
-                };
-                slots.handle(
-                    slot,
-                    if what == HOST {
-                        Event::Host
-                    } else {
-                        Event::Queue(what as usize)
-                    },
-                );
-            }
+            let event = match what {
+                HOST => Event::Host,
+                queue => Event::Queue(queue as usize),
+            };
+            slots.handle(slot, event);
         }
     }
 }

@@ -123,6 +123,7 @@ mod tests {
             engine: Engine::Software,
             memory_mib: 192,
             vcpus: 2,
+            max_vcpus: 2,
             kernel: "/a dir/vm,linux".into(),
             initramfs: "-initramfs".into(),
             cmdline: "agent.debug quiet".into(),

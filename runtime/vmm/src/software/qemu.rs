@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
 
 use super::command::{Inherited, arguments};
 use super::transcript::Transcript;
-use crate::control::State;
+use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::end::EndReason;
 use crate::kernel_log::KernelLog;
@@ -73,6 +73,8 @@ pub(crate) struct Qemu {
     log: KernelLog,
     stop: Stop,
     running: Arc<AtomicBool>,
+    vcpus: u8,
+    paused: bool,
     reaped: bool,
 }
 
@@ -114,6 +116,8 @@ impl Qemu {
             log,
             stop,
             running: Arc::new(AtomicBool::new(false)),
+            vcpus: spec.vcpus,
+            paused: false,
             reaped: false,
         };
         Ok((qemu, Sockets { fs, vsock }))
@@ -203,6 +207,15 @@ impl Qemu {
         message
     }
 
+    fn signal(&self, signal: Signal) -> Result<(), String> {
+        if self.reaped {
+            return Err("QEMU has ended".into());
+        }
+        // It is our child and has not been waited for, so that its ID is still its own.
+        let sent = kill(Pid::from_raw(self.child.id() as i32), signal);
+        sent.map_err(|errno| format!("cannot send {signal} to QEMU: {errno}"))
+    }
+
     fn read_console(&mut self) -> Took {
         take_some(&mut self.console, |bytes| self.log.push(bytes))
     }
@@ -237,6 +250,7 @@ impl Machine for Qemu {
 
     fn state(&self) -> State {
         match self.running.load(Ordering::Relaxed) {
+            _ if self.paused => State::Paused,
             true => State::Running,
             false => State::Starting,
         }
@@ -248,6 +262,38 @@ impl Machine for Qemu {
         } else {
             vec![self.child.id()]
         }
+    }
+
+    fn vcpus(&self) -> u8 {
+        self.vcpus
+    }
+
+    fn max_vcpus(&self) -> u8 {
+        self.vcpus
+    }
+
+    fn pause(&mut self) -> Result<(), String> {
+        self.signal(Signal::SIGSTOP)?;
+        self.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        self.signal(Signal::SIGCONT)?;
+        self.paused = false;
+        Ok(())
+    }
+
+    fn resize(&mut self, _vcpus: u8) -> Result<(), String> {
+        Err("a VM on the software engine keeps the vCPUs it was started with".into())
+    }
+
+    fn plug(&mut self, _kind: DeviceKind) -> Result<u32, String> {
+        Err("a VM on the software engine keeps the devices it was started with".into())
+    }
+
+    fn unplug(&mut self, _slot: u32) -> Result<(), String> {
+        Err("a VM on the software engine keeps the devices it was started with".into())
     }
 
     fn end(&mut self) {

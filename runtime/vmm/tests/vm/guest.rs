@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use cloison_vmm::{EndReason, State};
+use cloison_vmm::{EndReason, Engine, State};
 
-use crate::support::{Bench, kill, readable, wait};
+use crate::support::{Bench, engine, kill, readable, wait};
 
 crate::tests![
     a_guest_that_says_so_and_reboots_has_shut_down,
@@ -12,6 +12,7 @@ crate::tests![
     a_guest_that_panics_is_reported_with_its_reason_and_its_last_lines,
     a_killed_qemu_ends_a_running_guest,
     a_guest_that_floods_its_console_is_not_felt,
+    a_paused_guest_stands_still_until_it_is_resumed,
 ];
 
 fn a_guest_that_reboots_without_a_word_was_reset() {
@@ -51,6 +52,9 @@ fn a_guest_that_panics_is_reported_with_its_reason_and_its_last_lines() {
 }
 
 fn a_killed_qemu_ends_a_running_guest() {
+    if engine() != Engine::Software {
+        return;
+    }
     let Some(mut bench) = Bench::with_init("echo ready >/dev/hvc0; /busybox sleep 1000") else {
         return;
     };
@@ -106,5 +110,44 @@ fn a_guest_that_floods_its_console_is_not_felt() {
     assert!(kib < 4096, "the VM process holds {kib} KiB of its own");
     control.kill().unwrap();
     assert!(readable(&control));
+    assert_eq!(wait(&mut process).reason, EndReason::Killed);
+}
+
+fn a_paused_guest_stands_still_until_it_is_resumed() {
+    let script = "n=0; while true; do echo tick $n >/dev/hvc0; n=$((n + 1)); done";
+    let Some(mut bench) = Bench::with_init(script) else {
+        return;
+    };
+    let mut process = bench.launch().unwrap();
+    let control = bench.control();
+    let until_it_ticks = |since: &str| {
+        let begun = Instant::now();
+        loop {
+            let log = control.kernel_log().unwrap();
+            if log.contains("tick") && log != since {
+                return log;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "no tick");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let mut log = until_it_ticks("");
+    for _ in 0..20 {
+        control.pause().unwrap();
+        control.pause().unwrap();
+        assert_eq!(control.status().unwrap().state, State::Paused);
+        // What the guest had written before may still be on its way.
+        std::thread::sleep(Duration::from_millis(20));
+        log = control.kernel_log().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(control.kernel_log().unwrap(), log);
+        control.resume().unwrap();
+        control.resume().unwrap();
+        assert_eq!(control.status().unwrap().state, State::Running);
+        until_it_ticks(&log);
+    }
+    drop(log);
+    control.pause().unwrap();
+    control.kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }

@@ -1,6 +1,7 @@
 //! VM processes for real. This program has its own `main`, because a VM process is the launching program run again under
-//! another name. Tests that boot a guest need QEMU, `dist/vmlinux` and busybox-static; without them they are skipped with a
-//! word, or fail if CLOISON_REQUIRE_GUEST is set.
+//! another name. Tests that boot a guest do so on the engine that CLOISON_ENGINE names, or the software engine; they need
+//! `dist/vmlinux`, busybox-static and, on the software engine, QEMU. Without them they are skipped with a word, or fail if
+//! CLOISON_REQUIRE_GUEST is set.
 
 #![allow(clippy::unwrap_used, reason = "a failure here fails the test")]
 
@@ -8,6 +9,7 @@ mod agent;
 mod control;
 mod engine;
 mod guest;
+mod kvm;
 mod support;
 
 use std::panic::catch_unwind;
@@ -22,7 +24,14 @@ fn main() -> ExitCode {
         return cloison_vmm::vm_main();
     }
     let filters: Vec<String> = args.filter(|word| !word.starts_with('-')).collect();
-    let tests = [control::TESTS, engine::TESTS, guest::TESTS, agent::TESTS].concat();
+    let tests = [
+        control::TESTS,
+        engine::TESTS,
+        guest::TESTS,
+        agent::TESTS,
+        kvm::TESTS,
+    ]
+    .concat();
     let chosen = tests.iter().filter(|(name, _)| {
         filters.is_empty() || filters.iter().any(|filter| name.contains(filter))
     });

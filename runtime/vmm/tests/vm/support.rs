@@ -36,28 +36,31 @@ impl Bench {
         bench
     }
 
-    /// With the real QEMU, the real kernel, and an init that is a busybox shell script; `None` where one is missing.
+    /// With a real engine, the real kernel, and an init that is a busybox shell script; `None` where one is missing.
     pub fn with_init(script: &str) -> Option<Self> {
         let kernel = needed(dist().join("vmlinux"))?;
-        let qemu = needed("/usr/bin/qemu-system-x86_64".into())?;
         let busybox =
             needed("/bin/busybox".into()).or_else(|| needed("/usr/bin/busybox".into()))?;
         let mut bench = Self::new(kernel, "/dev/null".into());
         let initramfs = bench.dir.path().join("initramfs");
         fs::write(&initramfs, initramfs_of(script, &busybox)).unwrap();
         bench.spec.initramfs = initramfs;
-        bench.spec.qemu = qemu;
-        Some(bench)
+        bench.on_the_engine_under_test()
     }
 
-    /// With the real QEMU, the real kernel and the real agent; `None` where one is missing.
+    /// With a real engine, the real kernel and the real agent; `None` where one is missing.
     pub fn with_agent() -> Option<Self> {
         let kernel = needed(dist().join("vmlinux"))?;
         let initramfs = needed(dist().join("initramfs"))?;
-        let qemu = needed("/usr/bin/qemu-system-x86_64".into())?;
-        let mut bench = Self::new(kernel, initramfs);
-        bench.spec.qemu = qemu;
-        Some(bench)
+        Self::new(kernel, initramfs).on_the_engine_under_test()
+    }
+
+    fn on_the_engine_under_test(mut self) -> Option<Self> {
+        self.spec.engine = engine();
+        if self.spec.engine == Engine::Software {
+            self.spec.qemu = needed("/usr/bin/qemu-system-x86_64".into())?;
+        }
+        Some(self)
     }
 
     fn new(kernel: PathBuf, initramfs: PathBuf) -> Self {
@@ -68,6 +71,7 @@ impl Bench {
             engine: Engine::Software,
             memory_mib: 128,
             vcpus: 1,
+            max_vcpus: 1,
             kernel,
             initramfs,
             cmdline: String::new(),
@@ -109,6 +113,14 @@ impl Bench {
     pub fn run(&mut self) -> End {
         let mut process = self.launch().unwrap();
         wait(&mut process)
+    }
+}
+
+/// The engine on which guests are booted.
+pub fn engine() -> Engine {
+    match std::env::var("CLOISON_ENGINE").as_deref() {
+        Ok("kvm") => Engine::Kvm,
+        _ => Engine::Software,
     }
 }
 

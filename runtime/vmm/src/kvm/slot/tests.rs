@@ -29,10 +29,15 @@ struct Bus {
 impl Bus {
     /// A bus with the entropy device in slot 0.
     fn new() -> Self {
+        Self::over(reserve(16).unwrap())
+    }
+
+    /// The same, with this memory.
+    fn over(memory: GuestMemoryMmap) -> Self {
         let line = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let lines: Vec<EventFd> = (0..SLOT_COUNT).map(|_| line()).collect();
         let first = lines[0].try_clone().unwrap();
-        let slots = Slots::new(lines, reserve(16).unwrap());
+        let slots = Slots::new(lines, memory);
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).unwrap());
         let bus = Self {
             slots,
@@ -337,5 +342,63 @@ fn resets_and_starts_while_the_device_works_end_in_a_device_that_works() {
         }
     });
     assert!(bus.slots.memory.check_range(GuestAddress(TABLE), 16));
+    bus.works();
+}
+
+#[test]
+fn an_unplugged_device_is_gone_and_another_can_take_its_place() {
+    let bus = Bus::new();
+    bus.works();
+    bus.slots.unplug(0);
+    assert_eq!((bus.read(8), bus.read(STATUS)), (0, 0));
+    assert_eq!(bus.read(INTERRUPT_STATUS), 0);
+    bus.slots.handle(0, Event::Queue(0));
+    bus.slots.unplug(0);
+    bus.slots.unplug(SLOT_COUNT);
+    bus.plug(0).unwrap();
+    bus.works();
+}
+
+#[test]
+fn a_fresh_slot_goes_on_where_the_one_whose_state_it_got_was() {
+    let bus = Bus::new();
+    bus.works();
+    // One more request that the device has not looked at.
+    let memory = &bus.slots.memory;
+    memory.write_obj(0_u16, GuestAddress(AVAIL + 6)).unwrap();
+    memory.write_obj(2_u16, GuestAddress(AVAIL + 2)).unwrap();
+    let saved = serde_json::to_vec(&bus.slots.save(0).unwrap()).unwrap();
+    assert!(bus.slots.save(1).is_none());
+
+    let other = Bus::over(memory.clone());
+    let state = serde_json::from_slice(&saved).unwrap();
+    other.slots.restore(0, &state).unwrap();
+    assert_eq!(other.slots.save(0).unwrap(), state);
+    assert_eq!(other.read(STATUS), RUNNING);
+    assert_eq!(other.read(INTERRUPT_STATUS), USED_RING);
+    assert!(other.interrupted());
+    other.slots.handle(0, Event::Queue(0));
+    assert_eq!(other.used(), 2);
+    assert!(other.interrupted());
+}
+
+#[test]
+fn a_state_of_another_device_or_version_is_refused() {
+    let bus = Bus::new();
+    let saved = serde_json::to_value(bus.slots.save(0).unwrap()).unwrap();
+    for (field, value) in [("version", 2), ("device_type", 26)] {
+        let mut wrong = saved.clone();
+        wrong[field] = value.into();
+        let state = serde_json::from_value(wrong).unwrap();
+        bus.slots.restore(0, &state).unwrap_err();
+    }
+    let mut features = saved.clone();
+    features["registers"]["driver_features"] = (1_u64 << 63).into();
+    let state = serde_json::from_value(features).unwrap();
+    bus.slots.restore(0, &state).unwrap_err();
+    let state = serde_json::from_value(saved).unwrap();
+    bus.slots.restore(1, &state).unwrap_err();
+    bus.slots.restore(SLOT_COUNT, &state).unwrap_err();
+    bus.slots.restore(0, &state).unwrap();
     bus.works();
 }
