@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloison_sandbox::{Agent, AgentError, ExitStatus, Running, Streams, Wiring};
+use cloison_vmm::probe::Probed;
 use cloison_vmm::{EndReason, VmSpec, monotonic};
 use oci_spec::runtime::Spec;
 
@@ -31,6 +32,8 @@ pub struct Monitor {
     pub streams: Streams,
     /// Takes the run's times when they are wanted.
     pub profile: Option<Profile>,
+    /// What is left of choosing the engine.
+    pub probed: Option<Probed>,
 }
 
 /// How a container's life went, as seen from where its process was to run.
@@ -87,6 +90,8 @@ impl Monitor {
         let (mut vm, wiring) = sandbox
             .launch(self.vm.clone(), streams)
             .context("cannot start the container's VM")?;
+        // The guest boots meanwhile.
+        self.probed = None;
         let agent = vm.agent().clone();
 
         let lived = tokio::select! {

@@ -3,7 +3,7 @@
 
 use std::str::FromStr;
 
-use crate::probe;
+use crate::probe::{self, Probed};
 use crate::spec::Engine;
 
 /// What the user asked for.
@@ -45,37 +45,54 @@ pub struct NoKvm {
     why: String,
 }
 
-/// Resolves `choice` on this host. Returns the engine and, in one line for people, why it is this one.
+/// The engine that a VM gets.
+#[derive(Debug)]
+pub struct Chosen {
+    /// The engine.
+    pub engine: Engine,
+    /// Why it is this one, in one line for people.
+    pub reason: String,
+    /// What is left of finding out.
+    pub probed: Option<Probed>,
+}
+
+/// Resolves `choice` on this host.
 ///
 /// # Errors
 /// [`NoKvm`] when KVM was asked for by name and does not work here.
-pub fn choose(choice: EngineChoice) -> Result<(Engine, String), NoKvm> {
-    resolve(choice, kvm)
+pub fn choose(choice: EngineChoice) -> Result<Chosen, NoKvm> {
+    let kvm = || probe::kvm().map_err(|failure| failure.to_string());
+    let (engine, reason, probed) = resolve(choice, kvm)?;
+    Ok(Chosen {
+        engine,
+        reason,
+        probed,
+    })
 }
 
-/// Whether the KVM engine can run a guest here; if not, why.
-fn kvm() -> Result<(), String> {
-    probe::kvm().map_err(|failure| failure.to_string())
-}
-
-fn resolve(
+/// `kvm` finds out whether the KVM engine can run a guest here; if not, why.
+fn resolve<T>(
     choice: EngineChoice,
-    kvm: impl FnOnce() -> Result<(), String>,
-) -> Result<(Engine, String), NoKvm> {
+    kvm: impl FnOnce() -> Result<T, String>,
+) -> Result<(Engine, String, Option<T>), NoKvm> {
     match choice {
         EngineChoice::Software => {
-            Ok((Engine::Software, "the software engine was asked for".into()))
+            let reason = "the software engine was asked for".into();
+            Ok((Engine::Software, reason, None))
         }
         EngineChoice::Kvm => match kvm() {
-            Ok(()) => Ok((Engine::Kvm, "the kvm engine was asked for".into())),
+            Ok(probed) => {
+                let reason = "the kvm engine was asked for".into();
+                Ok((Engine::Kvm, reason, Some(probed)))
+            }
             Err(why) => Err(NoKvm { why }),
         },
         EngineChoice::Auto => match kvm() {
-            Ok(()) => Ok((Engine::Kvm, "KVM works on this host".into())),
-            Err(why) => Ok((
-                Engine::Software,
-                format!("using the software engine, which is slower: {why}"),
-            )),
+            Ok(probed) => Ok((Engine::Kvm, "KVM works on this host".into(), Some(probed))),
+            Err(why) => {
+                let reason = format!("using the software engine, which is slower: {why}");
+                Ok((Engine::Software, reason, None))
+            }
         },
     }
 }
@@ -90,13 +107,13 @@ mod tests {
 
     #[test]
     fn auto_takes_kvm_where_it_works() {
-        let (engine, _) = resolve(EngineChoice::Auto, || Ok(())).unwrap();
+        let (engine, ..) = resolve(EngineChoice::Auto, || Ok(())).unwrap();
         assert_eq!(engine, Engine::Kvm);
     }
 
     #[test]
     fn auto_takes_the_software_engine_elsewhere_and_says_why() {
-        let (engine, why) = resolve(EngineChoice::Auto, broken).unwrap();
+        let (engine, why, _) = resolve(EngineChoice::Auto, broken).unwrap();
         assert_eq!(engine, Engine::Software);
         assert!(why.contains("no /dev/kvm"), "{why}");
     }
@@ -109,8 +126,8 @@ mod tests {
 
     #[test]
     fn software_by_name_does_not_even_look_at_kvm() {
-        let looked = || panic!("probed");
-        let (engine, _) = resolve(EngineChoice::Software, looked).unwrap();
+        let looked = || -> Result<(), String> { panic!("probed") };
+        let (engine, ..) = resolve(EngineChoice::Software, looked).unwrap();
         assert_eq!(engine, Engine::Software);
     }
 

@@ -21,7 +21,7 @@ mod sys;
 mod timeline;
 mod vhost_user;
 
-pub use choose::{EngineChoice, NoKvm, UnknownEngine, choose};
+pub use choose::{Chosen, EngineChoice, NoKvm, UnknownEngine, choose};
 pub use cloison_devices::Attachment;
 pub use control::{ControlClient, ControlError, DeviceKind, State, Status};
 pub use end::{END_FILE, End, EndFileError, EndReason, await_end, read_end};

@@ -21,7 +21,7 @@ const COMFORTABLE_MEMORY_KIB: u64 = 1536 * 1024;
 pub fn doctor(global: &Global, home: &Home) -> Result<()> {
     let mut report = Report::default();
     let kvm = choose(EngineChoice::Kvm)
-        .map(|(_, why)| why)
+        .map(|chosen| chosen.reason)
         .map_err(anyhow::Error::from);
     let software = qemu_version(&parts::qemu(global));
     let engines = kvm.is_ok() || software.is_ok();
@@ -44,9 +44,9 @@ pub fn doctor(global: &Global, home: &Home) -> Result<()> {
         report.failed.push("engine");
     }
     match choose(EngineChoice::Auto) {
-        Ok((engine, why)) if engines => println!(
-            "\ncontainers run on the {} engine: {why}",
-            format!("{engine:?}").to_lowercase()
+        Ok(chosen) if engines => println!(
+            "\ncontainers run on the {} engine: {}",
+            chosen.engine, chosen.reason
         ),
         _ => {}
     }

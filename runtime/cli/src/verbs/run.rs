@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use cloison_image::{Image, Progress, Root, RootFs, Store};
 use cloison_sandbox::{Home, Id, Name, Shared, Streams, enter_private_namespace};
-use cloison_vmm::{Engine, EngineChoice, VmSpec, choose};
+use cloison_vmm::probe::Probed;
+use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::Spec;
 
 use crate::args::{Global, Run};
@@ -38,6 +39,7 @@ struct Prepared {
     args: Vec<String>,
     capabilities: Capabilities,
     security: SecurityOptions,
+    probed: Option<Probed>,
 }
 
 /// Runs a container; the status is its own.
@@ -91,7 +93,11 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     let capabilities = Capabilities::choose(&args.cap_add, &args.cap_drop)?;
     let security = SecurityOptions::read(&args.security_opt, &capabilities.names())?;
     let vm_memory = vm_memory_mib(args.memory)?;
-    let (engine, reason) = choose(args.engine.into())?;
+    let Chosen {
+        engine,
+        reason,
+        probed,
+    } = choose(args.engine.into())?;
     if matches!(args.engine.into(), EngineChoice::Auto) && engine == Engine::Software {
         eprintln!("cloison: {reason}");
     }
@@ -144,6 +150,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         args: command,
         capabilities,
         security,
+        probed,
     })
 }
 
@@ -191,6 +198,7 @@ fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result
         spec,
         streams,
         profile: None,
+        probed: prepared.probed,
     })
 }
 

@@ -7,7 +7,7 @@ use std::io;
 use kvm_bindings::{
     CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, VolatileMemory};
 
@@ -142,8 +142,17 @@ fn code() -> (&'static [u8], usize, usize) {
     )
 }
 
+/// The guest and what it is made of.
+#[derive(Debug)]
+pub(super) struct Guest {
+    // In this order: the VM is given the memory, and the vCPU is the VM's.
+    _vcpu: VcpuFd,
+    _vm: VmFd,
+    _memory: MmapRegion<()>,
+}
+
 /// Builds the guest, runs it, watches it. The number of exits is bounded by the number of steps.
-pub(super) fn run(kvm: &Kvm) -> Result<(), ProbeFailure> {
+pub(super) fn run(kvm: &Kvm) -> Result<Guest, ProbeFailure> {
     let memory = MmapRegion::<()>::new(MEMORY_SIZE)
         .map_err(|error| refused("map 64 KiB for a guest")(io::Error::other(error)))?;
     fill(&memory).map_err(refused("fill a guest's memory"))?;
@@ -155,7 +164,7 @@ pub(super) fn run(kvm: &Kvm) -> Result<(), ProbeFailure> {
         memory_size: MEMORY_SIZE as u64,
         userspace_addr: memory.as_ptr() as u64,
     };
-    // SAFETY: the region is `memory`, mapped until this function returns; `vm` and its vCPU are dropped before it.
+    // SAFETY: the region is `memory`, which is dropped after `vm` and its vCPU, here and in `Guest`.
     unsafe { vm.set_user_memory_region(region) }.map_err(kvm_refused("give a VM memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(kvm_refused("create a vCPU"))?;
     let cpuid = CpuId::from_entries(&FEATURES)
@@ -178,9 +187,11 @@ pub(super) fn run(kvm: &Kvm) -> Result<(), ProbeFailure> {
             Err(error) => return Err(kvm_refused("run a guest")(error)),
         }
     }
-    drop(vcpu);
-    drop(vm);
-    Ok(())
+    Ok(Guest {
+        _vcpu: vcpu,
+        _vm: vm,
+        _memory: memory,
+    })
 }
 
 fn refused(what: &'static str) -> impl Fn(io::Error) -> ProbeFailure {
