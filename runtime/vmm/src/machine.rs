@@ -1,7 +1,7 @@
 //! What the VM process's main loop needs of an engine, whichever it is. An engine that has something to say about its guest's
 //! end says it through [`crate::stop::Stop`]; the loop then ends the machine.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::control::{DeviceKind, State};
 
@@ -46,8 +46,9 @@ pub(crate) trait Machine {
     /// do.
     fn resize(&mut self, vcpus: u8) -> Result<(), String>;
 
-    /// Gives the guest one more device and answers the slot it is in; it is for the guest to look there.
-    fn plug(&mut self, kind: DeviceKind) -> Result<u32, String>;
+    /// Gives the guest one more device, made from `file` if it needs one, and answers the slot it is in; it is for the guest to look
+    /// there.
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
 
     /// Takes a device away that was given to the guest by [`Machine::plug`].
     fn unplug(&mut self, slot: u32) -> Result<(), String>;

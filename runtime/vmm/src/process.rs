@@ -313,8 +313,8 @@ impl Host for Vm {
         self.machine.resize(vcpus)
     }
 
-    fn plug(&mut self, device: DeviceKind) -> Result<u32, String> {
-        self.machine.plug(device)
+    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
+        self.machine.plug(device, file)
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {

@@ -157,12 +157,19 @@ impl ControlClient {
         self.tell(&Request::Resize { vcpus })
     }
 
-    /// Gives the guest one more device. Answers the slot it is in, at which the agent is to look.
+    /// Gives the guest one more device, made from `file` if it needs one. Answers the slot it is in, at which the agent is to
+    /// look.
     ///
     /// # Errors
-    /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and when no slot is empty.
-    pub fn plug(&self, device: DeviceKind) -> Result<u32, ControlError> {
-        match self.ask(&Request::Plug { device }, &[])? {
+    /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, when no slot is empty, and for a file that the
+    /// device cannot be made from.
+    pub fn plug(
+        &self,
+        device: DeviceKind,
+        file: Option<BorrowedFd<'_>>,
+    ) -> Result<u32, ControlError> {
+        let fds: Vec<RawFd> = file.iter().map(AsRawFd::as_raw_fd).collect();
+        match self.ask(&Request::Plug { device }, &fds)? {
             Reply::Plugged { slot } => Ok(slot),
             _ => Err(ControlError::Nonsense(None)),
         }

@@ -28,7 +28,8 @@ enum Request {
     Resume {},
     /// Let the guest use this many vCPUs. Answered by [`Reply::Done`].
     Resize { vcpus: u8 },
-    /// Give the guest one more device. Answered by [`Reply::Plugged`].
+    /// Give the guest one more device, made from the descriptor that comes along if the device needs one; answered by
+    /// [`Reply::Plugged`].
     Plug { device: DeviceKind },
     /// Take a device away that came by [`Request::Plug`]. Answered by [`Reply::Done`].
     Unplug { slot: u32 },
@@ -74,11 +75,26 @@ pub struct Status {
 }
 
 /// A device that a guest can be given while it runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
     /// One more source of entropy.
     Rng,
+    /// A disk: a file or block device of the host's, whose descriptor comes along, open for reading and, unless it is read-only,
+    /// writing.
+    Blk {
+        /// The guest cannot write to it.
+        read_only: bool,
+        /// What the guest sees as its serial number, at most 20 bytes.
+        serial: String,
+    },
+}
+
+impl DeviceKind {
+    /// Whether it is made from a descriptor.
+    fn has_descriptor(&self) -> bool {
+        matches!(self, Self::Blk { .. })
+    }
 }
 
 /// How far the guest has come.

@@ -45,7 +45,7 @@ pub(crate) trait Host {
     fn resize(&mut self, vcpus: u8) -> Result<(), String>;
 
     /// Answers the slot in which the device is.
-    fn plug(&mut self, device: DeviceKind) -> Result<u32, String>;
+    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
 
     fn unplug(&mut self, slot: u32) -> Result<(), String>;
 
@@ -186,10 +186,11 @@ fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Ok(request) => request,
         Err(error) => return refuse(format!("this request makes no sense: {error}")),
     };
-    let expected = match request {
+    let expected = match &request {
         Request::Attach { read, write, done } => {
-            [read, write, done].into_iter().filter(|&x| x).count()
+            [read, write, done].into_iter().filter(|&&x| x).count()
         }
+        Request::Plug { device } => device.has_descriptor().into(),
         _ => 0,
     };
     if packet.fds.len() != expected {
@@ -215,7 +216,7 @@ fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::Pause {} => done(host.pause()),
         Request::Resume {} => done(host.resume()),
         Request::Resize { vcpus } => done(host.resize(vcpus)),
-        Request::Plug { device } => match host.plug(device) {
+        Request::Plug { device } => match host.plug(device, fds.next()) {
             Ok(slot) => Reply::Plugged { slot },
             Err(why) => refuse(why),
         },

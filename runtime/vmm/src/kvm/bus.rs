@@ -16,14 +16,15 @@ use super::slot::Slots;
 use super::worker::Worker;
 use crate::stop::Stop;
 
-/// The device type of file systems (virtio 1.3 §5.11).
+/// Device types (virtio 1.3 §5.2, §5.11).
+const TYPE_BLK: u32 = 2;
 const TYPE_FS: u32 = 26;
 
 /// All slots and those who serve them.
 pub(super) struct Bus {
     vm: Arc<VmFd>,
     slots: Arc<Slots>,
-    /// Serves file systems: their requests wait for the host's disks, so they keep nobody else waiting.
+    /// Serves file systems and disks: their requests wait for the host's disks, so they keep nobody else waiting.
     files: Worker,
     /// Serves all other devices.
     rest: Worker,
@@ -70,7 +71,7 @@ impl Bus {
         let empty = self.notifications.iter().position(Option::is_none);
         let slot = empty.ok_or(KvmError::NoSlot)?;
         let worker = match device.device_type() {
-            TYPE_FS => &self.files,
+            TYPE_BLK | TYPE_FS => &self.files,
             _ => &self.rest,
         };
         let notifications = (0..device.queue_sizes().len())

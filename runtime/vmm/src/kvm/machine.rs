@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Console, Device, Rng};
+use cloison_devices::{Blk, Console, Device, Rng};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -181,11 +181,8 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn plug(&mut self, kind: DeviceKind) -> Result<u32, String> {
-        let (name, device) = match kind {
-            DeviceKind::Rng => ("rng", Rng::new().map(Box::new)),
-        };
-        let device = device.map_err(|errno| format!("cannot make the device: {errno}"))?;
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
+        let (name, device) = make_device(kind, file)?;
         let slot = self.bus.plug(name, device).map_err(|error| chain(&error))?;
         Ok(slot as u32)
     }
@@ -271,6 +268,20 @@ const BOOT_DEVICES: usize = 4;
 
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
+
+fn make_device(kind: DeviceKind, file: Option<OwnedFd>) -> Result<Named, String> {
+    match (kind, file) {
+        (DeviceKind::Rng, _) => {
+            let rng = Rng::new().map_err(|errno| format!("cannot make the device: {errno}"))?;
+            Ok(("rng", Box::new(rng)))
+        }
+        (DeviceKind::Blk { read_only, serial }, Some(file)) => {
+            let blk = Blk::new(file.into(), read_only, &serial).map_err(|error| chain(&error))?;
+            Ok(("blk", Box::new(blk)))
+        }
+        (DeviceKind::Blk { .. }, None) => Err("a disk is made from a file".into()),
+    }
+}
 
 fn boot_devices(devices: Devices, log: KernelLog) -> Result<[Named; BOOT_DEVICES], KvmError> {
     let console =

@@ -42,7 +42,7 @@ mod offset {
     pub const CONFIG: u64 = 0x100;
 }
 
-pub(super) use offset::{CONFIG, INTERRUPT_ACK, INTERRUPT_STATUS, QUEUE_NOTIFY};
+pub(super) use offset::{CONFIG, CONFIG_GENERATION, INTERRUPT_ACK, INTERRUPT_STATUS, QUEUE_NOTIFY};
 
 /// Device status bits (§2.1).
 mod status {
@@ -143,8 +143,6 @@ impl Registers {
             offset::STATUS => self.status.into(),
             // No shared memory regions: length and base of any read as all ones (§4.2.2, SHMLenLow).
             offset::SHM_LEN_LOW..=offset::SHM_BASE_HIGH => u32::MAX,
-            // No device here changes its configuration by itself.
-            offset::CONFIG_GENERATION => 0,
             _ => 0,
         }
     }

@@ -15,7 +15,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{PAGE, SLOT_COUNT, SLOTS};
 use super::registers::{
-    CONFIG, Effect, INTERRUPT_ACK, INTERRUPT_STATUS, Identity, QueueRegisters, Registers,
+    CONFIG, CONFIG_GENERATION, Effect, INTERRUPT_ACK, INTERRUPT_STATUS, Identity, QueueRegisters,
+    Registers,
 };
 
 /// Interrupt status bits (virtio 1.3 §4.2.2): a used ring has grown; the device needs the driver's attention.
@@ -47,6 +48,8 @@ struct Plugged {
     /// The queues as they were when the guest started the device; none before that, after a reset, and once it is broken.
     queues: Option<Vec<Queue>>,
     host: HostWatch,
+    /// The configuration's generation of which the guest has been told.
+    told: u32,
 }
 
 /// Where the worker that serves a device waits for its host events, and under which key.
@@ -100,6 +103,7 @@ impl Slots {
             features: device.features(),
         };
         let registers = Registers::new(device.queue_sizes());
+        let told = device.config_generation();
         *plugged = Some(Plugged {
             name,
             device,
@@ -107,6 +111,7 @@ impl Slots {
             registers,
             queues: None,
             host,
+            told,
         });
         Ok(())
     }
@@ -147,6 +152,10 @@ impl Slots {
         };
         let value = match at {
             INTERRUPT_STATUS => slot.interrupt_status.load(Ordering::Acquire),
+            CONFIG_GENERATION => slot
+                .lock()
+                .as_ref()
+                .map_or(0, |plugged| plugged.device.config_generation()),
             _ => match slot.lock().as_ref() {
                 Some(plugged) => plugged.registers.read(at, plugged.identity),
                 None => empty(at),
@@ -203,7 +212,12 @@ impl Slots {
         match plugged.handle(&self.memory, event) {
             Ok(false) => {}
             Ok(true) => slot.interrupt(USED_RING),
-            Err(broken) => slot.give_up(plugged, &broken),
+            Err(broken) => return slot.give_up(plugged, &broken),
+        }
+        let generation = plugged.device.config_generation();
+        if plugged.queues.is_some() && plugged.told != generation {
+            plugged.told = generation;
+            slot.interrupt(CONFIGURATION);
         }
     }
 

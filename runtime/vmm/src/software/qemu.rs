@@ -288,7 +288,7 @@ impl Machine for Qemu {
         Err("a VM on the software engine keeps the vCPUs it was started with".into())
     }
 
-    fn plug(&mut self, _kind: DeviceKind) -> Result<u32, String> {
+    fn plug(&mut self, _kind: DeviceKind, _file: Option<OwnedFd>) -> Result<u32, String> {
         Err("a VM on the software engine keeps the devices it was started with".into())
     }
 

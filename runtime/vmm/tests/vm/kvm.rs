@@ -2,6 +2,7 @@
 //! need one that can boot a kernel.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -127,7 +128,7 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
         echo \"CPUs $(b cat $cpu/online) of $(b cat $cpu/present)\" >/dev/hvc0
         cd /sys/bus/platform/drivers/virtio-mmio
         until echo virtio-mmio.4 >bind; do b usleep 50000; done
-        echo \"found type $(b cat virtio-mmio.4/virtio*/device)\" >/dev/hvc0
+        echo \"found $(b head -c 3 /dev/vda)\" >/dev/hvc0
         echo 1 >$cpu/cpu1/online; echo \"CPUs are $(b cat $cpu/online)\" >/dev/hvc0
         echo virtio-mmio.4 >unbind; echo gone >/dev/hvc0; b sleep 1000";
     let Some(mut bench) = with_init(script) else {
@@ -141,13 +142,20 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
     assert_eq!((status.vcpus, status.max_vcpus), (1, 3));
     control.resize(2).unwrap();
     assert_eq!(control.status().unwrap().vcpus, 2);
-    let slot = control.plug(DeviceKind::Rng).unwrap();
+    let disk = bench.path().join("disk");
+    fs::write(&disk, [b'd'; 4096]).unwrap();
+    let disk = fs::File::open(disk).unwrap();
+    let kind = DeviceKind::Blk {
+        read_only: true,
+        serial: "data".into(),
+    };
+    let slot = control.plug(kind, Some(disk.as_fd())).unwrap();
     assert_eq!(slot, 4);
-    until_logged(&bench, "found type 0x0004");
+    until_logged(&bench, "found ddd");
     until_logged(&bench, "CPUs are 0-1");
     until_logged(&bench, "gone");
     control.unplug(slot).unwrap();
-    assert_eq!(control.plug(DeviceKind::Rng).unwrap(), slot);
+    assert_eq!(control.plug(DeviceKind::Rng, None).unwrap(), slot);
     control.kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }
@@ -171,8 +179,20 @@ fn a_vm_takes_no_more_vcpus_devices_and_slots_than_it_has() {
     for slot in [0, 3, 15, 16, u32::MAX] {
         refused(control.unplug(slot));
     }
-    while control.plug(DeviceKind::Rng).is_ok() {}
-    refused(control.plug(DeviceKind::Rng).map(drop));
+    let disk = DeviceKind::Blk {
+        read_only: false,
+        serial: String::new(),
+    };
+    refused(control.plug(disk.clone(), None).map(drop));
+    let nothing = fs::File::open("/dev/null").unwrap();
+    refused(control.plug(disk, Some(nothing.as_fd())).map(drop));
+    refused(
+        control
+            .plug(DeviceKind::Rng, Some(nothing.as_fd()))
+            .map(drop),
+    );
+    while control.plug(DeviceKind::Rng, None).is_ok() {}
+    refused(control.plug(DeviceKind::Rng, None).map(drop));
     control.resize(2).unwrap();
     control.resize(1).unwrap();
     assert_eq!(control.status().unwrap().state, State::Running);
