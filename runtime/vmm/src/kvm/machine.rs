@@ -99,7 +99,9 @@ impl KvmMachine {
     /// Makes the vCPUs that are missing up to `count`. They wait in KVM until the guest starts them.
     fn make_vcpus(&mut self, count: u8) -> Result<(), KvmError> {
         for id in self.vcpus.len() as u8..count {
-            self.add(vcpu::create(&self.vm, &self.offer, id, self.max_vcpus)?)?;
+            let vcpu = vcpu::create(&self.vm, &self.offer, id, self.max_vcpus)?;
+            vcpu::announce(&vcpu)?;
+            self.add(vcpu)?;
         }
         Ok(())
     }

@@ -49,6 +49,14 @@ pub(super) fn create(vm: &VmFd, offer: &Offer, id: u8, count: u8) -> Result<Vcpu
     Ok(vcpu)
 }
 
+/// Has KVM send the guest's interrupts to `vcpu`, which was made while the guest runs: it draws its map of all local APICs anew when
+/// the state of one is written, and draws it too early when a vCPU is made (arch/x86/kvm/lapic.c).
+pub(super) fn announce(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    vcpu.get_lapic()
+        .and_then(|state| vcpu.set_lapic(&state))
+        .map_err(kvm("announce a vCPU"))
+}
+
 /// Puts the boot processor at the kernel's entry, as the 64-bit boot protocol wants it: paging on, flat segments, the
 /// parameters' address in rsi, interrupts off.
 pub(super) fn point_at(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
