@@ -46,11 +46,13 @@ struct Prepared {
 pub fn run(global: &Global, home: &Home, args: Run, began: u64) -> Result<u8, Failed> {
     let profile = args.profile.clone().map(|file| Profile::new(file, began));
     let mut profile = profile.transpose()?;
-    let prepared = prepare(global, home, &args)?;
+    let mut prepared = prepare(global, home, &args)?;
     if let Some(profile) = &mut profile {
         profile.front_end("reading the image");
     }
     if args.process.detach {
+        // KVM keeps a thread in a process that has a VM, and a process with several threads cannot be split.
+        prepared.probed = None;
         let report = detached::split()?;
         return match report {
             detached::Side::Parent(report) => report.relay(),
