@@ -2,13 +2,14 @@
 //! itself in, and then does nothing but wait for the guest's end and answer the control socket.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use cloison_devices::VsockHandle;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -30,6 +31,9 @@ use crate::timeline::{Timeline, monotonic};
 
 /// Lines of kernel log in the last word.
 const LOG_LINES: usize = 24;
+
+/// Descriptors for which the process's table has room from the start.
+const DESCRIPTORS: RawFd = 1024;
 
 /// Most events taken from one wait.
 const EVENTS: usize = 16;
@@ -84,6 +88,13 @@ pub fn vm_main() -> ExitCode {
         .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most))
     {
         tracing::warn!("cannot raise the number of open files to its limit: {errno}");
+    }
+    // A table that grows while there are threads waits for a grace period of the kernel's (fs/file.c): some milliseconds, in the
+    // midst of a guest's start. One that has been large stays so.
+    match fcntl(&handoff.end, FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1)) {
+        // SAFETY: fcntl has just made this descriptor, and nothing else knows of it.
+        Ok(last) => drop(unsafe { OwnedFd::from_raw_fd(last) }),
+        Err(errno) => tracing::debug!("cannot make room for {DESCRIPTORS} descriptors: {errno}"),
     }
     let Handoff {
         spec,
