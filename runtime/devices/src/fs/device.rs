@@ -28,9 +28,6 @@ const QUEUES: usize = 2;
 /// Size of each queue. A request of 1 MiB in pages of 4 KiB, with its headers, must fit into half of it: the guest's driver
 /// uses no larger requests than its queue has descriptors.
 const QUEUE_SIZE: u16 = 512;
-/// Most descriptors of a chain, in an indirect table or not: no driver uses more than a queue is long, and what a transport offers
-/// is at most twice the size that was asked for.
-const MOST_DESCRIPTORS: usize = 2 * QUEUE_SIZE as usize;
 /// Most bytes of a request or of a reply: the largest WRITE and READ (1 MiB) and room for their headers.
 const MOST_BYTES: usize = (1 << 20) + (1 << 16);
 /// Most requests handled in one call, so that a busy guest does not keep whoever drives the device from all else.
@@ -204,9 +201,6 @@ impl Fs {
 
     /// Handles one request; answers how many bytes of the chain it has written.
     fn handle(&self, memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
-        if chain.clone().nth(MOST_DESCRIPTORS).is_some() {
-            return 0;
-        }
         // The reader and the writer each walk the chain once and keep the buffers they have checked. Should the guest
         // change descriptors in between, they keep different buffers, each of them in its memory.
         let reader = Reader::from_descriptor_chain(memory, chain.clone());

@@ -14,8 +14,9 @@ use crate::subjects::Subject;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Most calls after which a device must have nothing more to do.
 const MOST_CALLS: usize = 5_000;
-/// Most bytes a device may take during an attack, beyond what it has when it works: two requests of the largest size.
-const MOST_BYTES: isize = 4 << 20;
+/// Most bytes a device may take during an attack, beyond what it has when it works: two requests of the largest size, with lists of
+/// all that an indirect table of 65,535 descriptors can name.
+const MOST_BYTES: isize = 8 << 20;
 /// Most bytes that may be left of an attack after a reset: room in collections that were never full before.
 const MOST_LEFT: isize = 64 << 10;
 
