@@ -54,6 +54,9 @@ lint: setup ## Check formatting, lints and licences
 bench: setup-test build ## Measure what docs/benchmarks.md states
 	@tests/bench/run
 
+fuzz: setup ## Fuzz each target for a minute (FUZZ_SECONDS)
+	@tests/fuzz/run
+
 install: build ## Install below PREFIX (/usr/local)
 	install -D -m 755 dist/cloison $(DESTDIR)$(PREFIX)/bin/cloison
 	@for link in $(LINKS); do ln -sfn cloison "$(DESTDIR)$(PREFIX)/bin/$$link"; done

@@ -18,6 +18,8 @@ mod software;
 mod spec;
 mod stop;
 mod sys;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod timeline;
 mod vhost_user;
 

@@ -3,6 +3,8 @@
 
 mod client;
 mod server;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 
 use serde::{Deserialize, Serialize};
 

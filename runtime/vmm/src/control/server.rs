@@ -180,7 +180,7 @@ fn answer(client: BorrowedFd<'_>, reply: &Reply) -> bool {
     sent.is_ok()
 }
 
-fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
+pub(super) fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
     let refuse = |message: String| Reply::Error { message };
     let request = match serde_json::from_slice(&packet.bytes) {
         Ok(request) => request,
