@@ -12,7 +12,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use cloison_devices::testing::{Descriptor, Guest, INDIRECT, NEXT, WRITE};
-use cloison_devices::{Device, Fs, FsLimits};
+use cloison_devices::{Fs, FsLimits};
 use vm_memory::{GuestAddress, GuestMemory};
 
 /// Length of the file, bytes.

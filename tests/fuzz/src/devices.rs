@@ -141,7 +141,7 @@ fn entry(input: &mut Input<'_>, guest: &Guest, queue: usize) -> Descriptor {
     };
     Descriptor {
         addr,
-        len: if input.u8() % 4 == 0 {
+        len: if input.u8().is_multiple_of(4) {
             input.u32()
         } else {
             input.u8().into()

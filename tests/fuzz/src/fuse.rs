@@ -101,7 +101,7 @@ pub fn fuse(data: &[u8]) {
         send(&init, 128);
         while !input.is_empty() {
             let bytes = request(&mut input);
-            let room = if input.u8() % 8 == 0 {
+            let room = if input.u8().is_multiple_of(8) {
                 input.u16()
             } else {
                 4096
@@ -114,7 +114,7 @@ pub fn fuse(data: &[u8]) {
 /// A request: a header (include/uapi/linux/fuse.h, `struct fuse_in_header`), numbers, names, and rubbish.
 fn request(input: &mut Input<'_>) -> Vec<u8> {
     let opcode = u32::from(input.u8());
-    let node = if input.u8() % 8 == 0 {
+    let node = if input.u8().is_multiple_of(8) {
         input.u64()
     } else {
         u64::from(input.u8() % 8)
@@ -128,7 +128,7 @@ fn request(input: &mut Input<'_>) -> Vec<u8> {
             3 => u32::MAX.into(),
             _ => u64::from(input.u8() % 16),
         };
-        let width = if input.u8() % 2 == 0 { 8 } else { 4 };
+        let width = if input.u8().is_multiple_of(2) { 8 } else { 4 };
         body.extend(&number.to_le_bytes()[..width]);
     }
     for _ in 0..input.u8() % 3 {
@@ -137,7 +137,7 @@ fn request(input: &mut Input<'_>) -> Vec<u8> {
     }
     let length = input.u8() % 32;
     body.extend(input.bytes(length.into()));
-    let length = if input.u8() % 8 == 0 {
+    let length = if input.u8().is_multiple_of(8) {
         input.u32()
     } else {
         40 + body.len() as u32

@@ -25,8 +25,11 @@ pub use devices::{balloon, blk, console, fs, mem, net, pmem, rng, vsock};
 pub use fuse::fuse;
 pub use packets::vsock_packet;
 
+/// A target's name, and what takes an input.
+pub type Target = (&'static str, fn(&[u8]));
+
 /// All targets, by the names of their files.
-pub const TARGETS: [(&str, fn(&[u8])); 13] = [
+pub const TARGETS: [Target; 13] = [
     ("agent_reply", agent_reply),
     ("balloon", balloon),
     ("blk", blk),

@@ -100,24 +100,32 @@ fn packet(input: &mut Input<'_>) -> Vec<u8> {
     packet.extend(or(7, input.u64(), 3).to_le_bytes());
     packet.extend(or(6, input.u64(), 2).to_le_bytes());
     packet.extend((5000 + u32::from(input.u8() % 4)).to_le_bytes());
-    packet.extend((PORT + u32::from(input.u8() % 8 == 0)).to_le_bytes());
-    let length = if input.u8() % 8 == 0 {
+    packet.extend((PORT + u32::from(input.u8().is_multiple_of(8))).to_le_bytes());
+    let length = if input.u8().is_multiple_of(8) {
         input.u32()
     } else {
         payload.len() as u32
     };
     packet.extend(length.to_le_bytes());
-    let kind = if input.u8() % 16 == 0 { input.u16() } else { 1 };
+    let kind = if input.u8().is_multiple_of(16) {
+        input.u16()
+    } else {
+        1
+    };
     packet.extend(kind.to_le_bytes());
     packet.extend(u16::from(input.u8() % 10).to_le_bytes());
     packet.extend(u32::from(input.u8() % 5).to_le_bytes());
-    let credit = if input.u8() % 2 == 0 {
+    let credit = if input.u8().is_multiple_of(2) {
         input.u32()
     } else {
         1 << 18
     };
     packet.extend(credit.to_le_bytes());
-    let taken = if input.u8() % 4 == 0 { input.u32() } else { 0 };
+    let taken = if input.u8().is_multiple_of(4) {
+        input.u32()
+    } else {
+        0
+    };
     packet.extend(taken.to_le_bytes());
     packet.extend(payload);
     packet

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::server::{Host, handle};
-use super::{Reply, State, Status};
+use super::{DeviceKind, Reply, State, Status};
 use crate::packet::Packet;
 use crate::spec::Engine;
 use crate::timeline::Timeline;
@@ -35,6 +35,7 @@ impl Host for Nobody {
             timeline: Timeline::default(),
             memory_mib: 0,
             vcpus: 1,
+            max_vcpus: 1,
         }
     }
 
@@ -51,6 +52,26 @@ impl Host for Nobody {
 
     fn kernel_log(&self, _limit: usize) -> String {
         String::new()
+    }
+
+    fn pause(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn resize(&mut self, _vcpus: u8) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn plug(&mut self, _device: DeviceKind, _file: Option<OwnedFd>) -> Result<u32, String> {
+        Ok(1)
+    }
+
+    fn unplug(&mut self, _slot: u32) -> Result<(), String> {
+        Ok(())
     }
 
     fn kill(&mut self) {}
