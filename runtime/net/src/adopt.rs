@@ -14,7 +14,7 @@ use rtnetlink::{LinkUnspec, packet_route::link::LinkMessage};
 
 use crate::guest::{GuestInterface, Snapshot};
 use crate::netlink::{Link, Netlink, Notices, tolerate};
-use crate::{Error, Namespace, Result, macvtap, sys};
+use crate::{Error, Namespace, Result, macvtap, sys, sysctl};
 
 /// How the taps are called; the interface's index follows.
 const TAP: &str = "cltap";
@@ -177,12 +177,10 @@ impl Adopter {
         let name = tap_name(link);
         let doing = || format!("make a tap for the interface {}", link.name);
         let tap = self.namespace.run(|| {
-            let tap = sys::create_tap(&name)?;
-            // The host has nothing of its own to say to the guest there. No file where there is no IPv6.
-            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-            Ok(tap)
-        })?;
-        let tap = tap.map_err(Error::errno(doing()))?;
+            let tap = sys::create_tap(&name).map_err(Error::errno(doing()))?;
+            sysctl::silence(&name)?;
+            Ok::<_, Error>(tap)
+        })??;
         set_tap_mtu(&self.netlink, link).await?;
         let tap_index = self.netlink.index(&name).await?;
         for (from, to) in [(link.index, tap_index), (tap_index, link.index)] {

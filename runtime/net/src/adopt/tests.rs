@@ -289,3 +289,67 @@ async fn a_quiet_namespace_has_nothing_to_tell() {
     let next = tokio::time::timeout(Duration::from_secs(2), adopter.next());
     assert!(next.await.is_err());
 }
+
+/// Has one of CNI's plugins, as Debian packages them, do something about the namespace at `path`.
+fn cni(
+    host: &Namespace,
+    data: &std::path::Path,
+    path: &std::path::Path,
+    verb: &str,
+    result: &str,
+) -> String {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let config = format!(
+        r#"{{"cniVersion":"0.4.0","name":"net","type":"bridge","bridge":"cni0","isGateway":true,"mtu":1450,
+            "ipam":{{"type":"host-local","dataDir":"{}","ranges":[[{{"subnet":"10.22.0.0/16"}}],[{{"subnet":"fd00:22::/64"}}]],
+            "routes":[{{"dst":"0.0.0.0/0"}}]}}{result}}}"#,
+        data.display()
+    );
+    let output = host.run(|| {
+        let mut plugin = Command::new("/usr/lib/cni/bridge")
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", "a")
+            .env("CNI_NETNS", path)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/usr/lib/cni")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a plugin (install containernetworking-plugins)");
+        let mut stdin = plugin.stdin.take().unwrap();
+        stdin.write_all(config.as_bytes()).unwrap();
+        drop(stdin);
+        plugin.wait_with_output().unwrap()
+    });
+    let output = output.unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{verb}: {text}");
+    text
+}
+
+#[tokio::test]
+async fn what_cnis_plugins_prepared_is_adopted_and_stays_as_they_know_it() {
+    let host = namespace();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("netns");
+    let sandbox = Namespace::persistent(&path).unwrap();
+    let result = cni(&host, dir.path(), &path, "ADD", "");
+    let previous = format!(r#","prevResult":{result}"#);
+
+    let mut adopter = Adopter::new(&Namespace::open(&path).unwrap()).unwrap();
+    let adopted = arrived(&mut adopter).await.remove(0);
+    assert_eq!(adopted.interface.mtu, 1450);
+    assert_eq!(adopted.interface.addresses.len(), 2);
+    let mut guest = Guest::new();
+    guest.plug(adopted);
+    assert!(pings(&guest.namespace, "10.22.0.1"));
+    assert!(pings(&host, "fd00:22::2"));
+    cni(&host, dir.path(), &path, "CHECK", &previous);
+
+    cni(&host, dir.path(), &path, "DEL", &previous);
+    let gone = |c| matches!(c, Change::Gone(_)).then_some(());
+    until(&mut adopter, gone).await;
+    drop(sandbox);
+    Namespace::remove(&path).unwrap();
+}
