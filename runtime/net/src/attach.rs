@@ -65,7 +65,7 @@ impl Networks {
         between()?;
         // Before there is anybody whom they are about.
         let rules = nft::add_network(&network) + &nft::add_sandbox(&wanted.id, &record, &network);
-        nft::run(&self.host, rules).await?;
+        nft::change(&self.host, rules).await?;
         between()?;
         self.lay_cable(&netlink, &namespace, &record, &network)
             .await?;

@@ -29,7 +29,7 @@ impl Networks {
             Namespace::remove(path)?;
         }
         between()?;
-        nft::run(&self.host, nft::remove_sandbox(record, network)).await?;
+        nft::change(&self.host, nft::remove_sandbox(record, network)).await?;
         between()?;
         let mut locked = self.store.lock().await?;
         // Two who remove one sandbox must not remove its successor's record.
@@ -85,7 +85,7 @@ impl Networks {
             _ => return Ok(()),
         }
         locked.write()?;
-        nft::run(&self.host, nft::egress(id, &record)).await
+        nft::change(&self.host, nft::egress(id, &record)).await
     }
 
     /// How many packets that began a connection have been refused to a sandbox by its egress policy.

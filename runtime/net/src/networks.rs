@@ -122,7 +122,7 @@ impl Networks {
     /// When the packet filter refuses.
     pub async fn restore(&self) -> Result<()> {
         let locked = self.store.lock().await?;
-        let mut script = String::new();
+        let mut script = nft::RULES.to_owned();
         for (name, network) in &locked.state.networks {
             if on(&locked.state, name).next().is_some() {
                 script += &nft::add_network(network);
@@ -139,12 +139,11 @@ impl Networks {
     pub(crate) async fn take_down(&self, network: &Network, state: &State) -> Result<()> {
         let netlink = Netlink::connect(&self.host)?;
         netlink.remove_link(&network.bridge()).await?;
-        let script = if state.sandboxes.is_empty() {
-            nft::NOTHING.to_owned()
+        if state.sandboxes.is_empty() {
+            nft::run(&self.host, nft::NOTHING.to_owned()).await
         } else {
-            nft::remove_network(network)
-        };
-        nft::run(&self.host, script).await
+            nft::change(&self.host, nft::remove_network(network)).await
+        }
     }
 
     /// What there is on the host besides cloison's networks.

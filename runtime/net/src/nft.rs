@@ -14,7 +14,7 @@ use crate::sandbox::Record;
 use crate::{Error, Namespace, Result};
 
 /// The part of the rules that is the same on every host.
-const RULES: &str = include_str!("rules.nft");
+pub(crate) const RULES: &str = include_str!("rules.nft");
 /// Takes all of it away, if it is there.
 pub(crate) const NOTHING: &str = "\
 table inet cloison { }
@@ -24,6 +24,15 @@ delete table bridge cloison
 ";
 /// Most characters of a sandbox's ID in the kernel's log, whose prefixes have at most 127.
 const LOGGED: usize = 64;
+
+/// Runs a script that counts on the fixed rules. They are loaded only when it turns out that they are missing: that takes the kernel
+/// longer than all the rest.
+pub(crate) async fn change(host: &Namespace, script: String) -> Result<()> {
+    match run(host, script.clone()).await {
+        Err(Error::Rules(_)) => run(host, RULES.to_owned() + &script).await,
+        done => done,
+    }
+}
 
 /// Runs a script in the namespace `host`.
 pub(crate) async fn run(host: &Namespace, script: String) -> Result<()> {
@@ -100,9 +109,9 @@ fn chain(index: u32) -> String {
     format!("egress-{index}")
 }
 
-/// Puts a network in, after the fixed rules.
+/// Puts a network in.
 pub(crate) fn add_network(network: &Network) -> String {
-    let mut script = RULES.to_owned();
+    let mut script = String::new();
     for (table, set, element) in network_elements(network) {
         line(&mut script, "add", table, set, &element);
     }
@@ -125,19 +134,15 @@ pub(crate) fn add_sandbox(id: &str, record: &Record, network: &Network) -> Strin
 
 /// Takes a sandbox out.
 pub(crate) fn remove_sandbox(record: &Record, network: &Network) -> String {
-    let index = record.index;
-    let mut script = RULES.to_owned();
-    if record.egress.is_some() {
-        let (chain, counter) = (chain(index), counter(index));
-        script += &format!("add counter inet cloison {counter}\nadd chain inet cloison {chain}\n");
-        script += &remove(sandbox_elements(record, network));
-        script += &format!(
-            "flush chain inet cloison {chain}\ndelete chain inet cloison {chain}\ndelete counter inet cloison {counter}\n"
-        );
-    } else {
-        script += &remove(sandbox_elements(record, network));
+    let elements = remove(sandbox_elements(record, network));
+    if record.egress.is_none() {
+        return elements;
     }
-    script
+    let (chain, counter) = (chain(record.index), counter(record.index));
+    format!(
+        "add counter inet cloison {counter}\nadd chain inet cloison {chain}\n{elements}\
+         flush chain inet cloison {chain}\ndelete chain inet cloison {chain}\ndelete counter inet cloison {counter}\n"
+    )
 }
 
 /// The chain of a sandbox's egress policy as its record has it; nothing when there is none.
