@@ -59,6 +59,8 @@ pub struct Adopter {
     /// By index. `None` for one that was refused.
     adopted: BTreeMap<u32, Option<GuestInterface>>,
     changes: VecDeque<Change>,
+    /// Whether there was a notice since the last complete look.
+    noticed: bool,
 }
 
 impl Adopter {
@@ -74,6 +76,7 @@ impl Adopter {
             notices,
             adopted: BTreeMap::new(),
             changes: VecDeque::new(),
+            noticed: true,
         })
     }
 
@@ -95,20 +98,21 @@ impl Adopter {
             if let Some(change) = self.changes.pop_front() {
                 return Ok(change);
             }
-            if self.notices.next().await.is_none() {
+            if !self.noticed && self.notices.next().await.is_none() {
                 return Err(Error::System {
                     what: "watch the network namespace".to_owned(),
                     source: std::io::ErrorKind::BrokenPipe.into(),
                 });
             }
-            // A configuration tool makes many small changes; one look serves all that came so far.
-            while let Some(Some(())) = self.notices.next().now_or_never() {}
+            self.noticed = true;
             self.look().await?;
         }
     }
 
     /// Compares what is there with what was.
     async fn look(&mut self) -> Result<()> {
+        // A configuration tool makes many small changes; one look serves all that came so far.
+        while let Some(Some(())) = self.notices.next().now_or_never() {}
         let snapshot = Snapshot::take(&self.netlink).await?;
         let there: BTreeMap<u32, &Link> = snapshot
             .links
@@ -160,6 +164,7 @@ impl Adopter {
                 Some(_) => {}
             }
         }
+        self.noticed = false;
         Ok(())
     }
 

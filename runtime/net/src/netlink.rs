@@ -14,6 +14,7 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::neighbour::NeighbourMessage;
 use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::sys::AsyncSocket;
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::{Error, Mac, Namespace, Result};
@@ -60,12 +61,17 @@ impl Netlink {
 
     fn open(namespace: &Namespace, groups: &[MulticastGroup]) -> Result<(Self, Notices)> {
         let runtime = tokio::runtime::Handle::current();
-        let (connection, handle, messages) = namespace
+        let (mut connection, handle, messages) = namespace
             .run(|| {
                 let _runtime = runtime.enter();
                 rtnetlink::new_multicast_connection(groups)
             })?
             .map_err(Error::system("open a netlink socket"))?;
+        // A notice that finds no room is no error: those before it cause the same look, and that comes later.
+        let socket = connection.socket_mut().socket_mut();
+        socket
+            .set_no_enobufs(true)
+            .map_err(Error::system("set up a netlink socket"))?;
         runtime.spawn(connection);
         let notices = messages.map(|_: (NetlinkMessage<RouteNetlinkMessage>, _)| ());
         Ok((Self(handle), Box::new(notices)))

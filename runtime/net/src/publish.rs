@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 
 /// A transport protocol that has ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// TCP.
     Tcp,
@@ -30,17 +29,18 @@ impl fmt::Display for Protocol {
 /// Ports of the host that lead to as many of a container: `[IP:]HOST:CONTAINER[/PROTOCOL]`, where both may be ranges of the same
 /// length.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Publication {
     /// The host's address; `None` for all.
-    pub address: Option<IpAddr>,
+    pub(crate) address: Option<IpAddr>,
     /// The host's first port.
-    pub host: u16,
+    pub(crate) host: u16,
     /// The container's first port.
-    pub container: u16,
+    pub(crate) container: u16,
     /// How many ports there are of each; at least one.
-    pub count: u16,
+    pub(crate) count: u16,
     /// Their protocol.
-    pub protocol: Protocol,
+    pub(crate) protocol: Protocol,
 }
 
 /// One published port.
@@ -104,6 +104,20 @@ impl FromStr for Publication {
             given: text.to_owned(),
             why,
         })
+    }
+}
+
+impl TryFrom<String> for Publication {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        text.parse()
+    }
+}
+
+impl From<Publication> for String {
+    fn from(publication: Publication) -> Self {
+        publication.to_string()
     }
 }
 

@@ -281,6 +281,34 @@ async fn a_macvtap_is_its_own_tap() {
 }
 
 #[tokio::test]
+async fn whoever_gives_up_waiting_misses_nothing() {
+    let (sandbox, _peer) = prepared();
+    let mut adopter = Adopter::new(&sandbox).unwrap();
+    let _adopted = arrived(&mut adopter).await;
+    ip(&sandbox, "addr add 10.9.0.3/24 dev eth0");
+    // Dropped wherever it first has to wait, and wherever it has to wait next.
+    let mut pauses = 0;
+    let seen = loop {
+        pauses += 1;
+        let mut next = Box::pin(adopter.next());
+        let mut found = None;
+        for _ in 0..pauses {
+            found = found.or_else(|| (&mut next).now_or_never());
+            if found.is_some() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        if let Some(seen) = found {
+            break seen.unwrap();
+        }
+        assert!(pauses < 1000, "it never came");
+    };
+    let interface = change(seen).unwrap();
+    assert_eq!(interface.addresses.len(), 3);
+}
+
+#[tokio::test]
 async fn a_quiet_namespace_has_nothing_to_tell() {
     let (sandbox, _peer) = prepared();
     let mut adopter = Adopter::new(&sandbox).unwrap();
