@@ -11,6 +11,7 @@ use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth};
 
 use crate::egress::Names;
 use crate::netlink::Netlink;
+use crate::network::is_name;
 use crate::networks::{find, if_missing, plan};
 use crate::sandbox::Record;
 use crate::store::State;
@@ -21,6 +22,8 @@ use crate::{
 
 /// How the sandbox's interface is called inside.
 const INSIDE: &str = "eth0";
+/// Longest ID of a sandbox, bytes.
+const MAX_ID: usize = 128;
 
 /// Called after each step; when it fails, the rest is not done and nothing is undone. Tests stop there, as a killed process would.
 pub(crate) type Between<'a> = &'a mut (dyn FnMut() -> Result<()> + Send);
@@ -196,6 +199,9 @@ fn gateways(network: &Network) -> Vec<IpNet> {
 
 /// What of `state` the sandbox can have of what it wants.
 fn choose(wanted: &Attachment, names: Names, state: &State) -> Result<(Record, Network)> {
+    if !is_name(&wanted.id, MAX_ID) {
+        return Err(Error::SandboxId(wanted.id.chars().take(MAX_ID).collect()));
+    }
     if state.sandboxes.contains_key(&wanted.id) {
         return Err(Error::SandboxExists(wanted.id.clone()));
     }

@@ -117,6 +117,11 @@ pub enum Error {
         /// The reason.
         why: String,
     },
+    /// An ID that cannot be a sandbox's.
+    #[error(
+        "{0:?} is not a valid sandbox ID: give 1 to 128 letters, digits, \"_\", \".\" or \"-\", a letter or a digit first"
+    )]
+    SandboxId(String),
     /// The sandbox has a lease.
     #[error("the sandbox {0} is on a network already")]
     SandboxExists(String),

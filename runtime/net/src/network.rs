@@ -215,17 +215,22 @@ fn check_free(subnet: IpNet, taken: &[(IpNet, String)]) -> Result<()> {
 }
 
 fn check_name(name: &str) -> Result<()> {
-    let starts_well = name
-        .bytes()
-        .next()
-        .is_some_and(|b| b.is_ascii_alphanumeric());
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
-    if starts_well && name.len() <= MAX_NAME && name.bytes().all(allowed) {
+    if is_name(name, MAX_NAME) {
         Ok(())
     } else {
         let name = name.chars().take(MAX_NAME).collect();
         Err(Error::NetworkName(name))
     }
+}
+
+/// Whether a string can be put into a file name, a message and a packet filter's script.
+pub(crate) fn is_name(text: &str, max: usize) -> bool {
+    let starts_well = text
+        .bytes()
+        .next()
+        .is_some_and(|b| b.is_ascii_alphanumeric());
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    starts_well && text.len() <= max && text.bytes().all(allowed)
 }
 
 fn check_subnet(subnet: Ipv4Net) -> Result<()> {

@@ -197,6 +197,29 @@ async fn what_somebody_has_is_refused_by_its_owners_name() {
 }
 
 #[tokio::test]
+async fn an_id_that_could_be_a_rule_is_none() {
+    let world = World::new();
+    let before = world.traces();
+    for id in [
+        "",
+        "a\"",
+        "a b",
+        "a\nflush ruleset",
+        "../a",
+        &"x".repeat(129),
+    ] {
+        let wanted = Attachment {
+            id: id.to_owned(),
+            egress: "deny".parse().ok(),
+            ..world.wanted("a")
+        };
+        let error = world.networks.attach(&wanted).await.unwrap_err();
+        assert!(matches!(error, Error::SandboxId(_)), "{error}");
+    }
+    assert_same(&world.traces(), &before, "at the end");
+}
+
+#[tokio::test]
 async fn what_somebody_flushed_is_restored() {
     let world = World::new();
     let _shut = world.restrict("shut", "deny").await;
