@@ -16,7 +16,7 @@ use crate::args::ProcessOptions;
 use crate::exit::{self, Failed};
 use crate::log::{self, Stream};
 use crate::monitor::Monitor;
-use crate::verbs::runtime;
+use crate::verbs::{print, runtime};
 
 /// Which side of the split this process is.
 pub enum Side {
@@ -104,7 +104,7 @@ impl Report {
         read?;
         match serde_json::from_slice(&text) {
             Ok(Word::Started { id }) => {
-                println!("{id}");
+                print(id);
                 Ok(0)
             }
             Ok(Word::Failed { status, error }) => Err(Failed {

@@ -11,6 +11,8 @@ mod run;
 mod signal;
 mod wait;
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -65,6 +67,11 @@ pub fn main(began: u64) -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failed) => failed.report(global.debug),
     }
+}
+
+/// Prints a line of what was asked for. A reader that has gone away is none of our business.
+pub fn print(line: impl Display) {
+    let _ = writeln!(io::stdout(), "{line}");
 }
 
 /// Absolute, since a monitor leaves the directory it was started in.

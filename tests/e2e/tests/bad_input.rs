@@ -216,3 +216,17 @@ fn a_front_door_that_is_not_built_says_so() {
         fail(&output, 1, &[name, "limitations"]);
     }
 }
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let host = Host::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = host.command(["doctor"]).stdout(writer).output().unwrap();
+    assert!(
+        !text(&output.stderr).contains("panicked"),
+        "{}",
+        text(&output.stderr)
+    );
+    assert_eq!(output.status.code(), Some(0));
+}

@@ -10,6 +10,7 @@ use cloison_vmm::{EngineChoice, choose};
 
 use crate::args::Global;
 use crate::parts;
+use crate::verbs::print;
 
 /// The memory a default container's VM may come to use, KiB.
 const COMFORTABLE_MEMORY_KIB: u64 = 1536 * 1024;
@@ -44,10 +45,10 @@ pub fn doctor(global: &Global, home: &Home) -> Result<()> {
         report.failed.push("engine");
     }
     match choose(EngineChoice::Auto) {
-        Ok(chosen) if engines => println!(
+        Ok(chosen) if engines => print(format_args!(
             "\ncontainers run on the {} engine: {}",
             chosen.engine, chosen.reason
-        ),
+        )),
         _ => {}
     }
     if !report.failed.is_empty() {
@@ -74,8 +75,8 @@ impl Report {
 
     fn optional(&self, what: &str, found: Result<String>) {
         match found {
-            Ok(text) => println!("{what:<16} yes  {text}"),
-            Err(error) => println!("{what:<16} no   {error:#}"),
+            Ok(text) => print(format_args!("{what:<16} yes  {text}")),
+            Err(error) => print(format_args!("{what:<16} no   {error:#}")),
         }
     }
 }

@@ -9,7 +9,7 @@ use cloison_sandbox::Home;
 
 use crate::args::{Prune, Rm};
 use crate::container::{Life, SANDBOX_LINK, all};
-use crate::verbs::each;
+use crate::verbs::{each, print};
 
 /// Removes each container.
 pub fn rm(home: &Home, args: &Rm) -> Result<()> {
@@ -24,7 +24,7 @@ pub fn rm(home: &Home, args: &Rm) -> Result<()> {
             );
         }
         container.remove()?;
-        println!("{}", container.id().short());
+        print(container.id().short());
         Ok(())
     })
 }
@@ -40,7 +40,7 @@ pub fn prune(home: &Home, args: &Prune) -> Result<()> {
             continue;
         }
         match container.remove() {
-            Ok(()) => println!("{}", container.id().short()),
+            Ok(()) => print(container.id().short()),
             Err(error) => failed.push(error),
         }
     }

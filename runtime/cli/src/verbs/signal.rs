@@ -8,7 +8,7 @@ use nix::libc;
 
 use crate::args::{Kill, Stop};
 use crate::container::{Container, Life};
-use crate::verbs::{each, runtime};
+use crate::verbs::{each, print, runtime};
 
 /// Sends a signal to each container's process.
 pub fn kill(home: &Home, args: &Kill) -> Result<()> {
@@ -30,7 +30,7 @@ pub fn kill(home: &Home, args: &Kill) -> Result<()> {
         if args.signal == libc::SIGKILL {
             container.wait()?;
         }
-        println!("{}", container.id().short());
+        print(container.id().short());
         Ok(())
     })
 }
@@ -65,7 +65,7 @@ pub fn stop(home: &Home, args: &Stop) -> Result<()> {
             }
             container.wait()?;
         }
-        println!("{}", container.id().short());
+        print(container.id().short());
         Ok(())
     })
 }

@@ -5,7 +5,7 @@ use cloison_sandbox::Home;
 
 use crate::args::Containers;
 use crate::container::{Container, Life, State};
-use crate::verbs::{each, runtime};
+use crate::verbs::{each, print, runtime};
 
 /// Prints each container's exit code when it has stopped.
 pub fn wait(home: &Home, args: &Containers) -> Result<()> {
@@ -19,7 +19,7 @@ pub fn wait(home: &Home, args: &Containers) -> Result<()> {
             }),
             _ => Ok(0),
         };
-        println!("{}", exit_code(container, heard)?);
+        print(exit_code(container, heard)?);
         Ok(())
     })
 }
