@@ -207,6 +207,10 @@ struct Attach {
     replaced: RawFd,
 }
 
+/// How often the loading of a program is begun anew. Each signal costs one attempt, and as many as a guest's dying processes
+/// can send meanwhile are fewer.
+const LOAD_ATTEMPTS: usize = 100;
+
 /// Loads a program that decides on devices, as instructions of eight bytes.
 pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
     let attributes = Load {
@@ -215,8 +219,16 @@ pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
         instructions: instructions.as_ptr() as u64,
         license: c"Apache-2.0".as_ptr() as u64,
     };
-    // SAFETY: the kernel reads the instructions, as many as it is told, and the license, which ends with NUL; all live.
-    let number = unsafe { bpf(BPF_PROG_LOAD, &attributes) }?;
+    let mut attempts = 0;
+    let number = loop {
+        attempts += 1;
+        // SAFETY: the kernel reads the instructions, as many as it is told, and the license, which ends with NUL; all live.
+        match unsafe { bpf(BPF_PROG_LOAD, &attributes) } {
+            // The verifier gives up when a signal waits for its thread, a SIGCHLD mostly (Linux, kernel/bpf/verifier.c).
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && attempts < LOAD_ATTEMPTS => {}
+            result => break result?,
+        }
+    };
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
