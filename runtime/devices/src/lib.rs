@@ -26,7 +26,7 @@ pub use blk::{Blk, BlkError, BlkState};
 pub use console::{Console, ConsoleState, ConsoleStateVersion, Sink};
 pub use device::{Broken, Context, Device, MAX_QUEUES, QueueMask};
 pub use fs::{Fs, FsError, FsLimits, FsState, FsUsage};
-pub use mem::{HotMemory, Mem, MemError, MemHandle, MemState};
+pub use mem::{BLOCK as MEMORY_BLOCK, HotMemory, Mem, MemError, MemHandle, MemState};
 pub use net::{MacAddress, Net, NetConfig, NetCounters, NetError, NetHandle, NetState};
 pub use pmem::{Pmem, PmemError, PmemState};
 pub use rng::{Rng, RngState, RngStateVersion};

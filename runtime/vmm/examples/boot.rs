@@ -33,6 +33,7 @@ fn main() -> anyhow::Result<ExitCode> {
             Engine::Software
         },
         memory_mib: number(0, 256)?,
+        max_memory_mib: number(0, 256)?,
         vcpus: 1,
         max_vcpus: u8::try_from(number(1, 1)?)?,
         kernel: kernel.into(),

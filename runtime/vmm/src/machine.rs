@@ -33,6 +33,9 @@ pub(crate) trait Machine {
     /// How many it can be given.
     fn max_vcpus(&self) -> u8;
 
+    /// How much memory the guest has been given beyond what it was started with, MiB.
+    fn hot_memory_mib(&self) -> u32;
+
     /// Stops the guest's vCPUs; returns when they have stopped. What is paused already stays so.
     ///
     /// # Errors
@@ -44,7 +47,10 @@ pub(crate) trait Machine {
 
     /// Lets the guest use this many vCPUs. It is for the guest to start those that come, and to leave those that go before they
     /// do.
-    fn resize(&mut self, vcpus: u8) -> Result<(), String>;
+    fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String>;
+
+    /// Lets the guest have this much memory beyond what it was started with, MiB. It takes it, and gives it back, in its own time.
+    fn resize_hot_memory(&mut self, mib: u32) -> Result<(), String>;
 
     /// Gives the guest one more device, made from `file` if it needs one, and answers the slot it is in; it is for the guest to look
     /// there.

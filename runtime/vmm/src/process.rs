@@ -291,7 +291,8 @@ impl Host for Vm {
                 output,
                 ..self.timeline
             },
-            memory_mib: self.spec.memory_mib,
+            memory_mib: self.spec.memory_mib + self.machine.hot_memory_mib(),
+            max_memory_mib: self.spec.max_memory_mib,
             vcpus: self.machine.vcpus(),
             max_vcpus: self.machine.max_vcpus(),
         }
@@ -320,8 +321,18 @@ impl Host for Vm {
         self.machine.resume()
     }
 
-    fn resize(&mut self, vcpus: u8) -> Result<(), String> {
-        self.machine.resize(vcpus)
+    fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String> {
+        self.machine.resize_vcpus(vcpus)
+    }
+
+    fn resize_memory(&mut self, mib: u32) -> Result<(), String> {
+        let (least, most) = (self.spec.memory_mib, self.spec.max_memory_mib);
+        if !(least..=most).contains(&mib) {
+            return Err(format!(
+                "this VM can have {least} to {most} MiB of memory, not {mib}"
+            ));
+        }
+        self.machine.resize_hot_memory(mib - least)
     }
 
     fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {

@@ -30,8 +30,10 @@ pub struct VmSpec {
     pub id: String,
     /// Engine; `auto` has been resolved before.
     pub engine: Engine,
-    /// Guest memory, MiB.
+    /// Guest memory at the start, MiB.
     pub memory_mib: u32,
+    /// Memory the guest can be given while it runs, `memory_mib` to [`VmSpec::MAX_MEMORY_MIB`], MiB.
+    pub max_memory_mib: u32,
     /// vCPUs the guest may use from the start, 1..=64.
     pub vcpus: u8,
     /// vCPUs it can be given while it runs, `vcpus` to 64. Those beyond `vcpus` are parked and cost next to nothing.
@@ -56,6 +58,17 @@ pub enum SpecError {
         max = VmSpec::MAX_MEMORY_MIB
     )]
     Memory(u32),
+    /// Less memory at most than at the start, or too much.
+    #[error(
+        "a VM that starts with {memory} MiB of memory cannot have at most {most}: it takes up to {max}",
+        max = VmSpec::MAX_MEMORY_MIB
+    )]
+    MaxMemory {
+        /// At the start, MiB.
+        memory: u32,
+        /// At most, MiB.
+        most: u32,
+    },
     /// No vCPU, or too many.
     #[error("a VM with {0} vCPUs is out of range: it takes 1 to {max}", max = VmSpec::MAX_VCPUS)]
     Vcpus(u8),
@@ -96,6 +109,12 @@ impl VmSpec {
         if !(Self::MIN_MEMORY_MIB..=Self::MAX_MEMORY_MIB).contains(&self.memory_mib) {
             return Err(SpecError::Memory(self.memory_mib));
         }
+        if !(self.memory_mib..=Self::MAX_MEMORY_MIB).contains(&self.max_memory_mib) {
+            return Err(SpecError::MaxMemory {
+                memory: self.memory_mib,
+                most: self.max_memory_mib,
+            });
+        }
         if !(1..=Self::MAX_VCPUS).contains(&self.vcpus) {
             return Err(SpecError::Vcpus(self.vcpus));
         }
@@ -125,6 +144,7 @@ mod tests {
             id: "web-1".into(),
             engine: Engine::Software,
             memory_mib: 256,
+            max_memory_mib: 256,
             vcpus: 1,
             max_vcpus: 1,
             kernel: "vmlinux".into(),
@@ -164,6 +184,7 @@ mod tests {
         ] {
             let spec = VmSpec {
                 memory_mib,
+                max_memory_mib: memory_mib,
                 vcpus,
                 max_vcpus,
                 ..spec()
@@ -172,6 +193,21 @@ mod tests {
                 spec.validate().is_err(),
                 "{memory_mib} MiB, {vcpus} to {max_vcpus} vCPUs"
             );
+        }
+    }
+
+    #[test]
+    fn less_memory_at_most_than_at_the_start_is_refused() {
+        for max_memory_mib in [0, 255, VmSpec::MAX_MEMORY_MIB + 1] {
+            let spec = VmSpec {
+                max_memory_mib,
+                ..spec()
+            };
+            let refused = SpecError::MaxMemory {
+                memory: 256,
+                most: max_memory_mib,
+            };
+            assert_eq!(spec.validate(), Err(refused));
         }
     }
 

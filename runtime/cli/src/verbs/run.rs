@@ -110,6 +110,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         id: id.to_string(),
         engine,
         memory_mib: vm_memory,
+        max_memory_mib: vm_memory,
         vcpus,
         max_vcpus: vcpus,
         kernel: parts::kernel(global)?,

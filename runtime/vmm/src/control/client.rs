@@ -153,8 +153,17 @@ impl ControlClient {
     ///
     /// # Errors
     /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and for a number out of range.
-    pub fn resize(&self, vcpus: u8) -> Result<(), ControlError> {
-        self.tell(&Request::Resize { vcpus })
+    pub fn resize_vcpus(&self, vcpus: u8) -> Result<(), ControlError> {
+        self.tell(&Request::ResizeVcpus { vcpus })
+    }
+
+    /// Lets the guest have `memory_mib` MiB, what it was started with to [`Status::max_memory_mib`]. Its kernel takes up and gives back
+    /// memory in its own time, and gives back no more than it can spare: [`Status::memory_mib`] says how far it is.
+    ///
+    /// # Errors
+    /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and for a size out of range.
+    pub fn resize_memory(&self, memory_mib: u32) -> Result<(), ControlError> {
+        self.tell(&Request::ResizeMemory { memory_mib })
     }
 
     /// Gives the guest one more device, made from `file` if it needs one. Answers the slot it is in, at which the agent is to

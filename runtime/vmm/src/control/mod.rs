@@ -29,7 +29,9 @@ enum Request {
     /// Let a paused guest go on. Answered by [`Reply::Done`].
     Resume {},
     /// Let the guest use this many vCPUs. Answered by [`Reply::Done`].
-    Resize { vcpus: u8 },
+    ResizeVcpus { vcpus: u8 },
+    /// Let the guest have this much memory. Answered by [`Reply::Done`] when it has been told.
+    ResizeMemory { memory_mib: u32 },
     /// Give the guest one more device, made from the descriptor that comes along if the device needs one; answered by
     /// [`Reply::Plugged`].
     Plug { device: DeviceKind },
@@ -68,8 +70,10 @@ pub struct Status {
     pub uptime_ms: u64,
     /// When it came how far.
     pub timeline: Timeline,
-    /// Guest memory, MiB.
+    /// Memory the guest has, MiB.
     pub memory_mib: u32,
+    /// Memory it can be given, MiB.
+    pub max_memory_mib: u32,
     /// vCPUs the guest may use.
     pub vcpus: u8,
     /// vCPUs it can be given.

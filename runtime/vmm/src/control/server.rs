@@ -42,7 +42,9 @@ pub(crate) trait Host {
 
     fn resume(&mut self) -> Result<(), String>;
 
-    fn resize(&mut self, vcpus: u8) -> Result<(), String>;
+    fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String>;
+
+    fn resize_memory(&mut self, mib: u32) -> Result<(), String>;
 
     /// Answers the slot in which the device is.
     fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
@@ -215,7 +217,8 @@ pub(super) fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         },
         Request::Pause {} => done(host.pause()),
         Request::Resume {} => done(host.resume()),
-        Request::Resize { vcpus } => done(host.resize(vcpus)),
+        Request::ResizeVcpus { vcpus } => done(host.resize_vcpus(vcpus)),
+        Request::ResizeMemory { memory_mib } => done(host.resize_memory(memory_mib)),
         Request::Plug { device } => match host.plug(device, fds.next()) {
             Ok(slot) => Reply::Plugged { slot },
             Err(why) => refuse(why),

@@ -34,6 +34,7 @@ impl Host for Nobody {
             uptime_ms: 0,
             timeline: Timeline::default(),
             memory_mib: 0,
+            max_memory_mib: 0,
             vcpus: 1,
             max_vcpus: 1,
         }
@@ -62,7 +63,11 @@ impl Host for Nobody {
         Ok(())
     }
 
-    fn resize(&mut self, _vcpus: u8) -> Result<(), String> {
+    fn resize_vcpus(&mut self, _vcpus: u8) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn resize_memory(&mut self, _mib: u32) -> Result<(), String> {
         Ok(())
     }
 

@@ -7,11 +7,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Blk, Console, Device, Rng};
+use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Rng};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
+use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
@@ -34,6 +35,8 @@ pub(crate) struct KvmMachine {
     max_vcpus: u8,
     shared: Arc<Shared>,
     bus: Bus,
+    /// Gives the guest memory while it runs, if it may ever have more.
+    hot_memory: Option<MemHandle>,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
@@ -50,9 +53,16 @@ impl KvmMachine {
     ) -> Result<Self, KvmError> {
         let kvm_fd = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
         let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
-        let memory = memory::reserve(spec.memory_mib)?;
-        register_memory(&vm, &memory)?;
+        let mut memory = memory::reserve(spec.memory_mib)?;
         let entry = load(spec, &memory)?;
+        let hot = match spec.max_memory_mib - spec.memory_mib {
+            0 => None,
+            mib => Some(memory::hot_range(&memory, mib)),
+        };
+        if let Some(range) = hot {
+            memory = memory::add_region(&memory, range)?;
+        }
+        register_memory(&vm, &memory)?;
         vm.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(kvm("place its identity map"))?;
         vm.set_tss_address(KVM_TSS as usize)
@@ -61,10 +71,20 @@ impl KvmMachine {
             .map_err(kvm("make interrupt controllers"))?;
 
         let vm = Arc::new(vm);
-        let mut bus = Bus::new(Arc::clone(&vm), memory)?;
-        for (name, device) in boot_devices(devices, log.clone())? {
+        let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
+        for (name, device) in boot_devices(devices, log.clone(), &memory)? {
             bus.plug(name, device)?;
         }
+        let hot_memory = hot
+            .map(|(start, length)| {
+                let backing = Box::new(Backing(memory));
+                let mem = Mem::new(start, length, backing).map_err(io::Error::other);
+                let mem = mem.map_err(system("make room for more memory"))?;
+                let handle = mem.handle();
+                bus.plug("mem", Box::new(mem))?;
+                Ok::<_, KvmError>(handle)
+            })
+            .transpose()?;
         let offer = Offer::of(&kvm_fd)?;
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
         vcpu::point_at(&first, entry)?;
@@ -83,6 +103,7 @@ impl KvmMachine {
             max_vcpus: spec.max_vcpus,
             shared,
             bus,
+            hot_memory,
             first: Some(first),
             vcpus: Vec::new(),
         })
@@ -171,7 +192,12 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn resize(&mut self, vcpus: u8) -> Result<(), String> {
+    fn hot_memory_mib(&self) -> u32 {
+        let plugged = self.hot_memory.as_ref().map_or(0, MemHandle::plugged);
+        (plugged >> 20) as u32
+    }
+
+    fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String> {
         if !(1..=self.max_vcpus).contains(&vcpus) {
             let most = self.max_vcpus;
             return Err(format!("this VM can have 1 to {most} vCPUs, not {vcpus}"));
@@ -183,6 +209,14 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
+    fn resize_hot_memory(&mut self, mib: u32) -> Result<(), String> {
+        let Some(hot_memory) = &self.hot_memory else {
+            return Ok(());
+        };
+        let bytes = (u64::from(mib) << 20).next_multiple_of(MEMORY_BLOCK);
+        hot_memory.request(bytes).map_err(|error| chain(&error))
+    }
+
     fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
         let (name, device) = make_device(kind, file)?;
         let slot = self.bus.plug(name, device).map_err(|error| chain(&error))?;
@@ -190,7 +224,7 @@ impl Machine for KvmMachine {
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
-        if (slot as usize) < BOOT_DEVICES {
+        if (slot as usize) < BOOT_DEVICES + usize::from(self.hot_memory.is_some()) {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
         let unplugged = self.bus.unplug(slot as usize);
@@ -265,8 +299,8 @@ fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
     }
 }
 
-/// How many devices every guest has from its start, in the first slots.
-const BOOT_DEVICES: usize = 4;
+/// How many devices every guest has from its start, in the first slots; one that can be given memory has one more.
+const BOOT_DEVICES: usize = 5;
 
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
@@ -285,14 +319,22 @@ fn make_device(kind: DeviceKind, file: Option<OwnedFd>) -> Result<Named, String>
     }
 }
 
-fn boot_devices(devices: Devices, log: KernelLog) -> Result<[Named; BOOT_DEVICES], KvmError> {
+fn boot_devices(
+    devices: Devices,
+    log: KernelLog,
+    memory: &GuestMemoryMmap,
+) -> Result<[Named; BOOT_DEVICES], KvmError> {
     let console =
         Console::new(Box::new(move |bytes| log.push(bytes))).map_err(system("make the console"))?;
     let rng = Rng::new().map_err(system("make the entropy device"))?;
+    // Nobody inflates it; it is there for the pages that the guest reports free.
+    let balloon = Balloon::new(Box::new(Backing(memory.clone())));
+    let balloon = balloon.map_err(system("make the balloon"))?;
     Ok([
         ("console", Box::new(console)),
         ("rng", Box::new(rng)),
         ("vsock", devices.vsock),
         ("fs", devices.fs),
+        ("balloon", Box::new(balloon)),
     ])
 }

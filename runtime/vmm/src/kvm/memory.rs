@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::{
@@ -19,6 +20,10 @@ use super::layout::{HOLE, HOLE_END, PAGE};
 /// Alignment of guest memory in our address space. A huge page can back the guest's only where both addresses agree modulo
 /// its size.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// What Linux on x86 takes memory in that comes later, bytes: in 128 MiB, or in up to 2 GiB on large machines.
+const HOT_UNIT: u64 = 128 << 20;
+const HOT_ALIGNMENT: u64 = 2 << 30;
 
 /// The address ranges that `mib` MiB of memory take: below the device hole, and the rest above it.
 pub(super) fn ranges(mib: u32) -> Vec<(u64, u64)> {
@@ -40,6 +45,29 @@ pub(super) fn reserve(mib: u32) -> Result<GuestMemoryMmap, KvmError> {
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(|error| memory(io::Error::other(error)))
+}
+
+/// Start and length of the region for the `mib` MiB of memory that a guest with `memory` can be given while it runs.
+pub(super) fn hot_range(memory: &GuestMemoryMmap, mib: u32) -> (GuestAddress, u64) {
+    let above = (memory.last_addr().raw_value() + 1).max(HOLE_END);
+    let length = (u64::from(mib) << 20).next_multiple_of(HOT_UNIT);
+    (GuestAddress(above.next_multiple_of(HOT_ALIGNMENT)), length)
+}
+
+/// Adds to `memory` a region that it does not use from the start.
+pub(super) fn add_region(
+    memory: &GuestMemoryMmap,
+    (start, length): (GuestAddress, u64),
+) -> Result<GuestMemoryMmap, KvmError> {
+    let failed = |source| KvmError::Memory {
+        mib: (length >> 20) as u32,
+        source,
+    };
+    let mapping = reserve_range(length as usize).map_err(failed)?;
+    let region = GuestRegionMmap::new(mapping, start)
+        .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+    let added = memory.insert_region(Arc::new(region));
+    added.map_err(|error| failed(io::Error::other(error)))
 }
 
 fn reserve_range(size: usize) -> io::Result<MmapRegion> {
@@ -140,6 +168,22 @@ mod tests {
         assert_eq!(low_end(&memory), HOLE);
         assert_eq!(memory.read_obj::<u64>(GuestAddress(HOLE_END)).unwrap(), 0);
         assert!(memory.read_obj::<u64>(GuestAddress(HOLE)).is_err());
+    }
+
+    #[test]
+    fn memory_that_comes_later_is_in_whole_units_above_all_other() {
+        let memory = reserve(1000).unwrap();
+        let range = hot_range(&memory, 130);
+        assert_eq!(range, (GuestAddress(HOLE_END), 256 << 20));
+        let all = add_region(&memory, range).unwrap();
+        assert_eq!(low_end(&all), 1000 << 20);
+        assert_eq!(all.read_obj::<u64>(GuestAddress(HOLE_END)).unwrap(), 0);
+        let large = reserve(5000).unwrap();
+        assert_eq!(
+            hot_range(&large, 1),
+            (GuestAddress(HOLE_END + HOT_ALIGNMENT), 128 << 20)
+        );
+        add_region(&memory, (GuestAddress(4096), 4096)).unwrap_err();
     }
 
     #[test]

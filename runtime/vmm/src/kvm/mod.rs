@@ -2,6 +2,7 @@
 //! controllers that KVM provides, with virtio devices on the memory-mapped transport as the only others. It opens what it needs
 //! before the guest's first instruction and nothing after.
 
+mod backing;
 mod boot;
 mod bus;
 mod cpuid;

@@ -122,6 +122,7 @@ mod tests {
             id: "web-1".into(),
             engine: Engine::Software,
             memory_mib: 192,
+            max_memory_mib: 192,
             vcpus: 2,
             max_vcpus: 2,
             kernel: "/a dir/vm,linux".into(),

@@ -284,8 +284,16 @@ impl Machine for Qemu {
         Ok(())
     }
 
-    fn resize(&mut self, _vcpus: u8) -> Result<(), String> {
+    fn hot_memory_mib(&self) -> u32 {
+        0
+    }
+
+    fn resize_vcpus(&mut self, _vcpus: u8) -> Result<(), String> {
         Err("a VM on the software engine keeps the vCPUs it was started with".into())
+    }
+
+    fn resize_hot_memory(&mut self, _mib: u32) -> Result<(), String> {
+        Err("a VM on the software engine keeps the memory it was started with".into())
     }
 
     fn plug(&mut self, _kind: DeviceKind, _file: Option<OwnedFd>) -> Result<u32, String> {

@@ -142,6 +142,7 @@ fn a_guest_with_the_least_memory_gets_as_far_as_its_agent() {
         return;
     };
     bench.spec.memory_mib = cloison_vmm::VmSpec::MIN_MEMORY_MIB;
+    bench.spec.max_memory_mib = bench.spec.memory_mib;
     let (process, _) = launch_and_greet(&mut bench);
     finish(&bench, process);
 }

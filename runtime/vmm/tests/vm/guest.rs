@@ -112,7 +112,7 @@ fn a_guest_that_floods_its_console_is_not_felt() {
 }
 
 /// Memory of a process that is in no file, KiB.
-fn anonymous_kib(pid: u32) -> u64 {
+pub fn anonymous_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon"));
     let size = line.unwrap().split_whitespace().nth(1).unwrap();

@@ -17,6 +17,8 @@ crate::tests![
     a_kernel_that_reboots_by_triple_fault_is_told_from_one_that_resets,
     a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up,
     a_vm_takes_no_more_vcpus_devices_and_slots_than_it_has,
+    memory_comes_and_goes_while_the_guest_runs,
+    memory_that_a_guest_has_freed_goes_back_to_the_host,
 ];
 
 /// Where the guest's instructions are.
@@ -127,10 +129,10 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
         b mkdir /sys; b mount -t sysfs sysfs /sys; cpu=/sys/devices/system/cpu
         echo \"CPUs $(b cat $cpu/online) of $(b cat $cpu/present)\" >/dev/hvc0
         cd /sys/bus/platform/drivers/virtio-mmio
-        until echo virtio-mmio.4 >bind; do b usleep 50000; done
+        until echo virtio-mmio.5 >bind; do b usleep 50000; done
         echo \"found $(b head -c 3 /dev/vda)\" >/dev/hvc0
         echo 1 >$cpu/cpu1/online; echo \"CPUs are $(b cat $cpu/online)\" >/dev/hvc0
-        echo virtio-mmio.4 >unbind; echo gone >/dev/hvc0; b sleep 1000";
+        echo virtio-mmio.5 >unbind; echo gone >/dev/hvc0; b sleep 1000";
     let Some(mut bench) = with_init(script) else {
         return;
     };
@@ -140,7 +142,7 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
     let control = bench.control();
     let status = control.status().unwrap();
     assert_eq!((status.vcpus, status.max_vcpus), (1, 3));
-    control.resize(2).unwrap();
+    control.resize_vcpus(2).unwrap();
     assert_eq!(control.status().unwrap().vcpus, 2);
     let disk = bench.path().join("disk");
     fs::write(&disk, [b'd'; 4096]).unwrap();
@@ -150,7 +152,7 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
         serial: "data".into(),
     };
     let slot = control.plug(kind, Some(disk.as_fd())).unwrap();
-    assert_eq!(slot, 4);
+    assert_eq!(slot, 5);
     until_logged(&bench, "found ddd");
     until_logged(&bench, "CPUs are 0-1");
     until_logged(&bench, "gone");
@@ -174,9 +176,9 @@ fn a_vm_takes_no_more_vcpus_devices_and_slots_than_it_has() {
             "{result:?}"
         );
     };
-    refused(control.resize(0));
-    refused(control.resize(3));
-    for slot in [0, 3, 15, 16, u32::MAX] {
+    refused(control.resize_vcpus(0));
+    refused(control.resize_vcpus(3));
+    for slot in [0, 4, 15, 16, u32::MAX] {
         refused(control.unplug(slot));
     }
     let disk = DeviceKind::Blk {
@@ -193,9 +195,82 @@ fn a_vm_takes_no_more_vcpus_devices_and_slots_than_it_has() {
     );
     while control.plug(DeviceKind::Rng, None).is_ok() {}
     refused(control.plug(DeviceKind::Rng, None).map(drop));
-    control.resize(2).unwrap();
-    control.resize(1).unwrap();
+    control.resize_vcpus(2).unwrap();
+    control.resize_vcpus(1).unwrap();
     assert_eq!(control.status().unwrap().state, State::Running);
     control.kill().unwrap();
+    assert_eq!(wait(&mut process).reason, EndReason::Killed);
+}
+
+/// The number at the end of the last line in the guest's log that begins with `word`.
+fn last_number(bench: &Bench, word: &str) -> Option<u64> {
+    let log = bench.control().kernel_log().unwrap();
+    let lines = log.lines().filter(|line| line.starts_with(word));
+    lines.last()?.rsplit(' ').next()?.trim().parse().ok()
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn memory_comes_and_goes_while_the_guest_runs() {
+    let script = "export PATH=/; b() { /busybox \"$@\"; }; b mkdir /proc; b mount -t proc proc /proc
+        while true; do echo \"total $(b awk '/MemTotal/ {print $2}' /proc/meminfo)\" >/dev/hvc0; b usleep 200000; done";
+    let Some(mut bench) = with_init(script) else {
+        return;
+    };
+    bench.spec.max_memory_mib = 512;
+    let mut process = bench.launch().unwrap();
+    until("no word from the guest", || {
+        last_number(&bench, "total").is_some()
+    });
+    let before = last_number(&bench, "total").unwrap();
+    let control = bench.control();
+    let status = control.status().unwrap();
+    assert_eq!((status.memory_mib, status.max_memory_mib), (128, 512));
+    control.resize_memory(512).unwrap();
+    until("no memory came", || {
+        last_number(&bench, "total").unwrap() == before + (384 << 10)
+    });
+    assert_eq!(control.status().unwrap().memory_mib, 512);
+    control.resize_memory(256).unwrap();
+    until("no memory went", || {
+        control.status().unwrap().memory_mib == 256
+    });
+    for mib in [0, 127, 513, u32::MAX] {
+        let refused = control.resize_memory(mib);
+        assert!(
+            matches!(refused, Err(ControlError::Refused(_))),
+            "{mib} MiB: {refused:?}"
+        );
+    }
+    control.kill().unwrap();
+    assert_eq!(wait(&mut process).reason, EndReason::Killed);
+}
+
+fn memory_that_a_guest_has_freed_goes_back_to_the_host() {
+    let script =
+        "export PATH=/; b() { /busybox \"$@\"; }; b mkdir /tmp; b mount -t tmpfs tmpfs /tmp
+        b dd if=/dev/zero of=/tmp/x bs=1M count=64 2>/dev/null; echo filled >/dev/hvc0; b sleep 3
+        b rm /tmp/x; echo freed >/dev/hvc0; b sleep 1000";
+    let Some(mut bench) = with_init(script) else {
+        return;
+    };
+    bench.spec.memory_mib = 256;
+    bench.spec.max_memory_mib = 256;
+    let mut process = bench.launch().unwrap();
+    let pid = process.pid().as_raw().unsigned_abs();
+    until_logged(&bench, "filled");
+    let most = crate::guest::anonymous_kib(pid);
+    assert!(most > 64 << 10, "{most} KiB");
+    until_logged(&bench, "freed");
+    until("no page went back", || {
+        crate::guest::anonymous_kib(pid) < most - (48 << 10)
+    });
+    bench.control().kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }

@@ -70,6 +70,7 @@ impl Bench {
             id: "test".into(),
             engine: Engine::Software,
             memory_mib: 128,
+            max_memory_mib: 128,
             vcpus: 1,
             max_vcpus: 1,
             kernel,
