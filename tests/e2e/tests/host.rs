@@ -26,6 +26,11 @@ pub fn engine() -> String {
     variable("CLOISON_ENGINE").to_str().unwrap().to_owned()
 }
 
+/// Whether the processor under the tests is emulated as well, in a machine with little room: less of the same must do.
+pub fn emulated() -> bool {
+    std::env::var_os("CLOISON_TEST_SMALL").is_some()
+}
+
 /// An image made by `tests/images`, as a reference.
 pub fn image(name: &str) -> String {
     format!(

@@ -1,6 +1,6 @@
 //! Many containers.
 
-use crate::host::{Host, busybox, engine, succeed, text};
+use crate::host::{Host, busybox, emulated, engine, succeed, text};
 
 /// How many runs, and how many at a time.
 const RUNS: usize = 200;
@@ -14,8 +14,7 @@ const CROWD: usize = 20;
 fn hundreds_of_runs_all_succeed_and_leave_nothing() {
     let host = Host::new();
     let image = busybox();
-    let emulated = std::env::var_os("CLOISON_TEST_SMALL").is_some();
-    let runs = if emulated { FEW_RUNS } else { RUNS };
+    let runs = if emulated() { FEW_RUNS } else { RUNS };
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..AT_A_TIME {
