@@ -94,12 +94,14 @@ pub enum DeviceKind {
         /// What the guest sees as its serial number, at most 20 bytes.
         serial: String,
     },
+    /// Persistent memory: a file of the host's, whose descriptor comes along, which the guest can read and map without a copy (DAX).
+    Pmem {},
 }
 
 impl DeviceKind {
     /// Whether it is made from a descriptor.
     fn has_descriptor(&self) -> bool {
-        matches!(self, Self::Blk { .. })
+        matches!(self, Self::Blk { .. } | Self::Pmem {})
     }
 }
 

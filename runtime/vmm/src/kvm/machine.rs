@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Rng};
+use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -16,10 +16,11 @@ use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
+use super::layout::{HOLE_END, KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
 use super::ports::Ports;
 use super::run::{self, Machine as Shared};
 use super::vcpu::{self, Offer};
+use super::window::Windows;
 use super::{boot, kernel, kick, memory, mptable};
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
@@ -37,6 +38,7 @@ pub(crate) struct KvmMachine {
     bus: Bus,
     /// Gives the guest memory while it runs, if it may ever have more.
     hot_memory: Option<MemHandle>,
+    windows: Windows,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
@@ -71,6 +73,7 @@ impl KvmMachine {
             .map_err(kvm("make interrupt controllers"))?;
 
         let vm = Arc::new(vm);
+        let above = memory.last_addr().raw_value() + 1;
         let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
         for (name, device) in boot_devices(devices, log.clone(), &memory)? {
             bus.plug(name, device)?;
@@ -86,6 +89,7 @@ impl KvmMachine {
             })
             .transpose()?;
         let offer = Offer::of(&kvm_fd)?;
+        let windows = Windows::new(Arc::clone(&vm), above.max(HOLE_END), offer.address_bits());
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
         vcpu::point_at(&first, entry)?;
         kick::install().map_err(system("install a signal handler"))?;
@@ -104,6 +108,7 @@ impl KvmMachine {
             shared,
             bus,
             hot_memory,
+            windows,
             first: Some(first),
             vcpus: Vec::new(),
         })
@@ -137,6 +142,19 @@ impl KvmMachine {
         self.vcpus
             .push(thread.map_err(system("start a vCPU's thread"))?);
         Ok(())
+    }
+
+    fn plug_pmem(&mut self, file: &File) -> Result<usize, KvmError> {
+        let slot = self.bus.first_empty().ok_or(KvmError::NoSlot)?;
+        let (start, length) = self.windows.open(slot, file)?;
+        let plugged = Pmem::new(start, length)
+            .map_err(io::Error::other)
+            .map_err(system("make persistent memory"))
+            .and_then(|pmem| self.bus.plug("pmem", Box::new(pmem)));
+        if plugged.is_err() {
+            self.windows.close(slot)?;
+        }
+        plugged
     }
 
     /// Has every vCPU pass the gate again.
@@ -218,9 +236,21 @@ impl Machine for KvmMachine {
     }
 
     fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
-        let (name, device) = make_device(kind, file)?;
-        let slot = self.bus.plug(name, device).map_err(|error| chain(&error))?;
-        Ok(slot as u32)
+        let plugged = match kind {
+            DeviceKind::Pmem {} => self.plug_pmem(&into_file(file)?),
+            DeviceKind::Rng => {
+                let rng = Rng::new().map_err(|errno| format!("cannot make the device: {errno}"))?;
+                self.bus.plug("rng", Box::new(rng))
+            }
+            DeviceKind::Blk { read_only, serial } => {
+                let blk = Blk::new(into_file(file)?, read_only, &serial);
+                let blk = blk.map_err(|error| chain(&error))?;
+                self.bus.plug("blk", Box::new(blk))
+            }
+        };
+        plugged
+            .map(|slot| slot as u32)
+            .map_err(|error| chain(&error))
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
@@ -228,7 +258,9 @@ impl Machine for KvmMachine {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
         let unplugged = self.bus.unplug(slot as usize);
-        unplugged.map_err(|error| chain(&error))
+        unplugged
+            .and_then(|()| self.windows.close(slot as usize))
+            .map_err(|error| chain(&error))
     }
 
     fn end(&mut self) {
@@ -305,18 +337,9 @@ const BOOT_DEVICES: usize = 5;
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
 
-fn make_device(kind: DeviceKind, file: Option<OwnedFd>) -> Result<Named, String> {
-    match (kind, file) {
-        (DeviceKind::Rng, _) => {
-            let rng = Rng::new().map_err(|errno| format!("cannot make the device: {errno}"))?;
-            Ok(("rng", Box::new(rng)))
-        }
-        (DeviceKind::Blk { read_only, serial }, Some(file)) => {
-            let blk = Blk::new(file.into(), read_only, &serial).map_err(|error| chain(&error))?;
-            Ok(("blk", Box::new(blk)))
-        }
-        (DeviceKind::Blk { .. }, None) => Err("a disk is made from a file".into()),
-    }
+fn into_file(descriptor: Option<OwnedFd>) -> Result<File, String> {
+    let file = descriptor.map(File::from);
+    file.ok_or_else(|| "this device is made from a file".into())
 }
 
 fn boot_devices(

@@ -20,6 +20,7 @@ mod run;
 mod slot;
 mod vcpu;
 mod vcpu_state;
+mod window;
 mod worker;
 
 pub(crate) use error::KvmError;
