@@ -280,7 +280,7 @@ fn memory_that_a_guest_has_freed_goes_back_to_the_host() {
 fn a_file_is_shown_to_the_guest_as_persistent_memory() {
     let script =
         "export PATH=/; b() { /busybox \"$@\"; }; b mkdir /sys; b mount -t sysfs sysfs /sys
-        cd /sys/bus/platform/drivers/virtio-mmio
+        cd /sys/bus/platform/drivers/virtio-mmio; echo ready >/dev/hvc0
         until echo virtio-mmio.5 >bind; do b usleep 50000; done
         until [ -b /dev/pmem0 ]; do b usleep 50000; done
         echo \"found $(b head -c 3 /dev/pmem0)\" >/dev/hvc0
@@ -290,6 +290,7 @@ fn a_file_is_shown_to_the_guest_as_persistent_memory() {
         return;
     };
     let mut process = bench.launch().unwrap();
+    until_logged(&bench, "ready");
     let content = bench.path().join("content");
     fs::write(&content, [b'd'; 3 << 20]).unwrap();
     let file = fs::File::open(&content).unwrap();
