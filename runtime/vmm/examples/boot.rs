@@ -35,6 +35,7 @@ fn main() -> anyhow::Result<ExitCode> {
         memory_mib: number(0, 256)?,
         vcpus: 1,
         max_vcpus: u8::try_from(number(1, 1)?)?,
+        spare_nics: 0,
         kernel: kernel.into(),
         initramfs: initramfs.into(),
         cmdline: rest.get(2..).unwrap_or_default().join(" "),
@@ -48,6 +49,7 @@ fn main() -> anyhow::Result<ExitCode> {
         dir: dir.path(),
         shared: Path::new("/mnt"),
         attachments: Vec::new(),
+        nics: Vec::new(),
         owner: None,
         log: Some(log),
     })

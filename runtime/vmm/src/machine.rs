@@ -4,6 +4,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::control::{DeviceKind, State};
+use crate::nic::Plugged;
 
 /// Whether a descriptor is still worth watching.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,9 +47,11 @@ pub(crate) trait Machine {
     /// do.
     fn resize(&mut self, vcpus: u8) -> Result<(), String>;
 
-    /// Gives the guest one more device, made from `file` if it needs one, and answers the slot it is in; it is for the guest to look
-    /// there.
-    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
+    /// Network devices that are in use.
+    fn nics(&self) -> Vec<Plugged>;
+
+    /// Gives the guest one more device, made from `file` if it needs one, and answers where; it is for the guest to look there.
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String>;
 
     /// Takes a device away that was given to the guest by [`Machine::plug`].
     fn unplug(&mut self, slot: u32) -> Result<(), String>;

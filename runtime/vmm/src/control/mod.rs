@@ -6,11 +6,13 @@ mod server;
 #[cfg(feature = "testing")]
 pub(crate) mod testing;
 
+use cloison_devices::MacAddress;
 use serde::{Deserialize, Serialize};
 
 pub use client::{ControlClient, ControlError};
 pub(crate) use server::{Host, Server};
 
+use crate::nic::Plugged;
 use crate::spec::Engine;
 use crate::timeline::Timeline;
 
@@ -47,7 +49,7 @@ enum Reply {
     Status(Status),
     Attached { port: u32 },
     KernelLog { text: String },
-    Plugged { slot: u32 },
+    Plugged(Plugged),
     Error { message: String },
 }
 
@@ -74,6 +76,8 @@ pub struct Status {
     pub vcpus: u8,
     /// vCPUs it can be given.
     pub max_vcpus: u8,
+    /// Network devices that are in use; those that were there before the guest started first, in the order in which they were given.
+    pub nics: Vec<Plugged>,
 }
 
 /// A device that a guest can be given while it runs.
@@ -90,12 +94,17 @@ pub enum DeviceKind {
         /// What the guest sees as its serial number, at most 20 bytes.
         serial: String,
     },
+    /// A network interface: a tap, whose descriptor comes along.
+    Net {
+        /// The guest's hardware address.
+        mac: MacAddress,
+    },
 }
 
 impl DeviceKind {
     /// Whether it is made from a descriptor.
     fn has_descriptor(&self) -> bool {
-        matches!(self, Self::Blk { .. })
+        matches!(self, Self::Blk { .. } | Self::Net { .. })
     }
 }
 

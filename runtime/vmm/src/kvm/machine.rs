@@ -24,6 +24,7 @@ use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::kernel_log::KernelLog;
 use crate::machine::{Machine, Watch};
+use crate::nic::{self, Nic, Plugged};
 use crate::spec::VmSpec;
 use crate::stop::{Stop, chain};
 
@@ -34,6 +35,8 @@ pub(crate) struct KvmMachine {
     max_vcpus: u8,
     shared: Arc<Shared>,
     bus: Bus,
+    /// The slots of network devices.
+    nics: Vec<u32>,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
@@ -62,9 +65,14 @@ impl KvmMachine {
 
         let vm = Arc::new(vm);
         let mut bus = Bus::new(Arc::clone(&vm), memory)?;
-        for (name, device) in boot_devices(devices, log.clone())? {
+        let Devices { fs, vsock, nics } = devices;
+        for (name, device) in boot_devices(fs, vsock, log.clone())? {
             bus.plug(name, device)?;
         }
+        let nics = nics
+            .into_iter()
+            .map(|net| bus.plug(NET, Box::new(net)).map(|slot| slot as u32))
+            .collect::<Result<_, _>>()?;
         let offer = Offer::of(&kvm_fd)?;
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
         vcpu::point_at(&first, entry)?;
@@ -83,6 +91,7 @@ impl KvmMachine {
             max_vcpus: spec.max_vcpus,
             shared,
             bus,
+            nics,
             first: Some(first),
             vcpus: Vec::new(),
         })
@@ -183,10 +192,25 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
+    fn nics(&self) -> Vec<Plugged> {
+        let in_slot = |slot: &u32| Plugged {
+            slot: *slot,
+            present: None,
+        };
+        self.nics.iter().map(in_slot).collect()
+    }
+
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
         let (name, device) = make_device(kind, file)?;
         let slot = self.bus.plug(name, device).map_err(|error| chain(&error))?;
-        Ok(slot as u32)
+        let slot = slot as u32;
+        if name == NET {
+            self.nics.push(slot);
+        }
+        Ok(Plugged {
+            slot,
+            present: None,
+        })
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
@@ -194,7 +218,9 @@ impl Machine for KvmMachine {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
         let unplugged = self.bus.unplug(slot as usize);
-        unplugged.map_err(|error| chain(&error))
+        unplugged.map_err(|error| chain(&error))?;
+        self.nics.retain(|nic| *nic != slot);
+        Ok(())
     }
 
     fn end(&mut self) {
@@ -268,6 +294,9 @@ fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
 /// How many devices every guest has from its start, in the first slots.
 const BOOT_DEVICES: usize = 4;
 
+/// The name of network devices.
+const NET: &str = "net";
+
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
 
@@ -281,18 +310,27 @@ fn make_device(kind: DeviceKind, file: Option<OwnedFd>) -> Result<Named, String>
             let blk = Blk::new(file.into(), read_only, &serial).map_err(|error| chain(&error))?;
             Ok(("blk", Box::new(blk)))
         }
+        (DeviceKind::Net { mac }, Some(tap)) => {
+            let net = nic::connected(Nic { tap, mac }).map_err(|error| chain(&error))?;
+            Ok((NET, Box::new(net)))
+        }
         (DeviceKind::Blk { .. }, None) => Err("a disk is made from a file".into()),
+        (DeviceKind::Net { .. }, None) => Err("a network interface is made from a tap".into()),
     }
 }
 
-fn boot_devices(devices: Devices, log: KernelLog) -> Result<[Named; BOOT_DEVICES], KvmError> {
+fn boot_devices(
+    fs: Box<dyn Device>,
+    vsock: Box<dyn Device>,
+    log: KernelLog,
+) -> Result<[Named; BOOT_DEVICES], KvmError> {
     let console =
         Console::new(Box::new(move |bytes| log.push(bytes))).map_err(system("make the console"))?;
     let rng = Rng::new().map_err(system("make the entropy device"))?;
     Ok([
         ("console", Box::new(console)),
         ("rng", Box::new(rng)),
-        ("vsock", devices.vsock),
-        ("fs", devices.fs),
+        ("vsock", vsock),
+        ("fs", fs),
     ])
 }

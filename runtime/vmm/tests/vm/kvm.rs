@@ -149,13 +149,13 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
         read_only: true,
         serial: "data".into(),
     };
-    let slot = control.plug(kind, Some(disk.as_fd())).unwrap();
+    let slot = control.plug(kind, Some(disk.as_fd())).unwrap().slot;
     assert_eq!(slot, 4);
     until_logged(&bench, "found ddd");
     until_logged(&bench, "CPUs are 0-1");
     until_logged(&bench, "gone");
     control.unplug(slot).unwrap();
-    assert_eq!(control.plug(DeviceKind::Rng, None).unwrap(), slot);
+    assert_eq!(control.plug(DeviceKind::Rng, None).unwrap().slot, slot);
     control.kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }
