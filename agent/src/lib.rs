@@ -13,6 +13,8 @@ mod error;
 pub mod helper;
 mod ids;
 pub mod init;
+mod interfaces;
+mod netlink;
 mod process;
 mod pump;
 mod reaper;

@@ -13,8 +13,8 @@ use cloison_agent_api::agent::Status as StatusMessage;
 use cloison_agent_api::agent::{
     ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeviceRequest, Empty, ExecRequest, HelloRequest, HelloResponse,
-    ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTtyRequest, SignalRequest, Stdio,
-    TtySize, UpdateContainerRequest, WaitResponse,
+    Interface, InterfaceRequest, ListProcessesResponse, ProcessRequest, ProcessResponse,
+    ResizeTtyRequest, SignalRequest, Stdio, TtySize, UpdateContainerRequest, WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
 use nix::sys::time::TimeSpec;
@@ -25,6 +25,7 @@ use crate::boot;
 use crate::container::{Container, Shared, Status};
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
+use crate::interfaces::{self, Interfaces};
 use crate::slots;
 use crate::spec;
 use crate::stdio::Ports;
@@ -39,6 +40,7 @@ type Containers = HashMap<ContainerId, Arc<Container>>;
 pub struct Service {
     shared: Arc<Shared>,
     containers: Arc<Mutex<Containers>>,
+    interfaces: Interfaces,
     over: Arc<AtomicBool>,
 }
 
@@ -47,6 +49,7 @@ impl Service {
         Self {
             shared: Arc::new(shared),
             containers: Arc::default(),
+            interfaces: Interfaces::default(),
             over: Arc::default(),
         }
     }
@@ -401,6 +404,26 @@ impl Agent for Service {
         let slot = request.slot;
         let doing = move || format!("letting go of the device in slot {slot}");
         whole(off_loop(move || slots::release(slot), doing)).await
+    }
+
+    async fn configure_interface(
+        &self,
+        _: &TtrpcContext,
+        request: Interface,
+    ) -> ttrpc::Result<Empty> {
+        let interface = interfaces::read(&request)?;
+        let interfaces = self.interfaces.clone();
+        whole(async move { interfaces.configure(interface).await.map(|()| Empty::new()) }).await
+    }
+
+    async fn remove_interface(
+        &self,
+        _: &TtrpcContext,
+        request: InterfaceRequest,
+    ) -> ttrpc::Result<Empty> {
+        let device = interfaces::hardware_address(&request.device)?;
+        let interfaces = self.interfaces.clone();
+        whole(async move { interfaces.remove(device).await.map(|()| Empty::new()) }).await
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -7,12 +7,15 @@ use std::path::Path;
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 
-/// Has the kernel find what is in slot `number`.
+/// Has the kernel find what is in slot `number`. A device that it has found by itself, at its start, is found.
 ///
 /// # Errors
 /// When there is nothing, or no such slot.
 pub fn take(number: u32) -> io::Result<()> {
-    write("bind", number)
+    match write("bind", number) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+        taken => taken,
+    }
 }
 
 /// Has the kernel let go of the device in slot `number`.

@@ -7,6 +7,7 @@ use cloison_image::Reference;
 use cloison_sandbox::{Home, Name};
 use cloison_vmm::EngineChoice;
 
+use crate::network::NetworkArg;
 use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume, signal};
 
 /// Runs each container in its own lightweight virtual machine.
@@ -136,6 +137,9 @@ pub struct Run {
     /// Host name of the container
     #[arg(short = 'h', long, value_name = "NAME")]
     pub hostname: Option<String>,
+    /// none, or ns:PATH for the interfaces of a network namespace
+    #[arg(long, alias = "net", value_name = "NETWORK", default_value = "none")]
+    pub network: NetworkArg,
     /// Add a capability, or ALL
     #[arg(long, value_name = "CAPABILITY", value_delimiter = ',')]
     pub cap_add: Vec<String>,

@@ -7,6 +7,7 @@ mod detached;
 mod exit;
 mod log;
 mod monitor;
+mod network;
 mod parts;
 mod profile;
 mod signals;

@@ -1,12 +1,15 @@
 //! A container's monitor: the one process that makes a container, launches its VM, and stays until both are over. In the
 //! foreground it is the front end itself; of a detached container it is a child in a session of its own. The VM ends with it.
 
+use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cloison_sandbox::{Agent, AgentError, ExitStatus, Running, Streams, Wiring};
+use cloison_net::Namespace;
+use cloison_sandbox::{Agent, AgentError, ExitStatus, Network, Running, Streams, Wiring};
 use cloison_vmm::probe::Probed;
-use cloison_vmm::{EndReason, VmSpec, monotonic};
+use cloison_vmm::{ControlClient, EndReason, VmSpec, monotonic};
 use oci_spec::runtime::Spec;
 
 use crate::attached::{Attached, Outcome};
@@ -21,6 +24,8 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the end of a VM may take to show after its agent was lost.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
+const NO_NETWORK: &str = "cannot connect the container to its network";
+
 /// A container that is ready to be run.
 pub struct Monitor {
     pub container: Container,
@@ -34,6 +39,16 @@ pub struct Monitor {
     pub profile: Option<Profile>,
     /// What is left of choosing the engine.
     pub probed: Option<Probed>,
+    /// Where the guest's interfaces come from.
+    pub namespace: Option<Namespace>,
+}
+
+/// Whom the monitor speaks to of a VM that runs.
+struct Guest {
+    agent: Agent,
+    control: Arc<ControlClient>,
+    /// The VM process.
+    pid: u32,
 }
 
 /// How a container's life went, as seen from where its process was to run.
@@ -87,15 +102,26 @@ impl Monitor {
         let mut signals = Signals::catch()?;
         let streams = std::mem::take(&mut self.streams);
         let sandbox = self.container.sandbox();
+        let (mut network, mut nics) = (None, Vec::new());
+        if let Some(namespace) = self.namespace.take() {
+            let mut there = Network::new(&namespace).context(NO_NETWORK)?;
+            nics = there.early().await.context(NO_NETWORK)?;
+            network = Some(there);
+        }
         let (mut vm, wiring) = sandbox
-            .launch(self.vm.clone(), streams)
+            .launch(self.vm.clone(), streams, nics)
             .context("cannot start the container's VM")?;
         // The guest boots meanwhile.
         self.probed = None;
         let agent = vm.agent().clone();
+        let guest = Guest {
+            agent: agent.clone(),
+            control: vm.control(),
+            pid: vm.pid(),
+        };
 
         let lived = tokio::select! {
-            lived = self.drive(&agent, vm.pid(), wiring, &mut signals, started) => lived,
+            lived = self.drive(&guest, wiring, network, &mut signals, started) => lived,
             ended = vm.ended() => {
                 let end = ended.context("the container's VM is gone")?;
                 return Err(anyhow::Error::from(cloison_sandbox::Error::from(end)).into());
@@ -136,9 +162,9 @@ impl Monitor {
 
     async fn drive(
         &mut self,
-        agent: &Agent,
-        pid: u32,
+        guest: &Guest,
         wiring: Wiring,
+        mut network: Option<Network>,
         signals: &mut Signals,
         started: impl FnOnce(&Container) -> Result<()>,
     ) -> Result<Outcome> {
@@ -146,6 +172,12 @@ impl Monitor {
         let terminal = self.record.tty;
         let spec = self.spec.clone();
         let stdio = wiring.stdio.clone();
+        let Guest {
+            agent,
+            control,
+            pid,
+        } = guest;
+        let network = &mut network;
         let start = async {
             let guest = agent.hello().await?;
             tracing::debug!(
@@ -156,13 +188,23 @@ impl Monitor {
             );
             let up = monotonic();
             let size = terminal.then(terminal::size).flatten();
-            agent.create(id.as_str(), &spec, stdio, size).await?;
+            let created = async {
+                let created = agent.create(id.as_str(), &spec, stdio, size).await;
+                created.map_err(anyhow::Error::from)
+            };
+            let settled = async {
+                if let Some(network) = network {
+                    network.settle(agent, control).await?;
+                }
+                Ok(())
+            };
+            tokio::try_join!(created, settled)?;
             let created = monotonic();
             agent.start(id.as_str()).await?;
-            Ok::<_, AgentError>((guest, up, created))
+            Ok::<_, anyhow::Error>((guest, up, created))
         };
-        tokio::pin!(start);
-        let (guest, up, created) = loop {
+        let mut start = Box::pin(start);
+        let (info, up, created) = loop {
             tokio::select! {
                 biased;
                 done = &mut start => break done?,
@@ -173,14 +215,15 @@ impl Monitor {
                 }
             }
         };
+        drop(start);
         if let Some(profile) = &mut self.profile {
-            profile.guest_is_up(&self.container.sandbox().timeline()?, &guest, up);
+            profile.guest_is_up(&self.container.sandbox().timeline()?, &info, up);
             profile.guest("creating the container", created);
             profile.guest("starting it", monotonic());
         }
         self.record.state = State::Running {
             started: now(),
-            pid,
+            pid: *pid,
         };
         self.container.save(&self.record)?;
         started(&self.container)?;
@@ -190,7 +233,11 @@ impl Monitor {
             exec_id: "",
             terminal,
         };
-        attached.wait(wiring, signals).await
+        tokio::select! {
+            biased;
+            ended = attached.wait(wiring, signals) => ended,
+            never = follow(network.as_mut(), guest) => match never {},
+        }
     }
 
     /// Writes down how it ended, or removes what was to be removed.
@@ -213,8 +260,25 @@ impl Monitor {
     }
 }
 
+/// Has the guest follow its network. A container outlives the end of that.
+async fn follow(network: Option<&mut Network>, guest: &Guest) -> Infallible {
+    if let Some(network) = network
+        && let Err(error) = network.follow(&guest.agent, &guest.control).await
+    {
+        tracing::warn!("the container's network is no longer followed: {error}");
+    }
+    std::future::pending().await
+}
+
 fn agent_is_lost(error: &anyhow::Error) -> bool {
-    let agent = error.downcast_ref::<cloison_sandbox::AgentError>();
+    use cloison_sandbox::Error;
+    let agent = match error.downcast_ref() {
+        Some(Error::Interface { source, .. }) => match &**source {
+            Error::Agent(agent) => Some(agent),
+            _ => None,
+        },
+        _ => error.downcast_ref::<AgentError>(),
+    };
     agent.is_some_and(|e| e.failure == cloison_sandbox::Failure::Other)
 }
 

@@ -1,6 +1,6 @@
 //! The network device (virtio 1.3 §5.1): one pair of queues over a tap descriptor that was handed in. Frames move straight between the
 //! tap and guest memory, with checksums and segmentation left to whoever needs them, as far as the tap and the guest can. The
-//! device opens nothing and knows of no address but the guest's hardware address.
+//! device opens nothing and knows of no address but the guest's hardware address. It can be without a tap: nothing is connected then.
 
 mod buffers;
 mod header;
@@ -9,8 +9,8 @@ mod tap;
 mod transmit;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -121,7 +121,31 @@ pub struct NetCounters {
 struct Shared {
     /// Whether the link is up: 1 or 0.
     link: Knob,
+    /// What the device is to be connected to, until it has seen to that.
+    cable: Mutex<Option<Cable>>,
     counters: Counters,
+}
+
+/// What a device is to be connected to.
+#[derive(Debug)]
+enum Cable {
+    /// A tap, behind which the guest is known by this hardware address.
+    Plugged(Tap, MacAddress),
+    /// Nothing.
+    Pulled,
+}
+
+impl Shared {
+    fn cable(&self) -> MutexGuard<'_, Option<Cable>> {
+        // Nothing panics with the lock held.
+        self.cable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lay(&self, cable: Cable, up: bool) {
+        *self.cable() = Some(cable);
+        self.link.set(up.into());
+        self.link.again().ask();
+    }
 }
 
 #[derive(Debug, Default)]
@@ -142,6 +166,23 @@ fn count(counter: &AtomicU64) {
 pub struct NetHandle(Arc<Shared>);
 
 impl NetHandle {
+    /// Connects the device to `tap`, in place of what it is connected to, and brings the link up. From then on the guest may send
+    /// from `mac` and no other address; it is for the guest's agent to give its interface that one.
+    ///
+    /// # Errors
+    /// [`NetError`] when the tap or the address cannot be used; the device then stays as it is.
+    pub fn connect(&self, tap: OwnedFd, mac: MacAddress) -> Result<(), NetError> {
+        check_mac(mac)?;
+        let tap = Tap::new(tap)?;
+        self.0.lay(Cable::Plugged(tap, mac), true);
+        Ok(())
+    }
+
+    /// Closes the tap. The link is down until the device is connected again.
+    pub fn disconnect(&self) {
+        self.0.lay(Cable::Pulled, false);
+    }
+
     /// Sets whether the guest sees a link. While there is none, no frame goes either way.
     pub fn set_link(&self, up: bool) {
         self.0.link.set(up.into());
@@ -170,7 +211,9 @@ impl NetHandle {
 /// A virtio network device.
 #[derive(Debug)]
 pub struct Net {
-    tap: Tap,
+    tap: Option<Tap>,
+    /// Features of the first tap, which the guest has been promised.
+    tap_features: u64,
     config: NetConfig,
     acked_features: u64,
     shared: Arc<Shared>,
@@ -188,31 +231,45 @@ impl Net {
     /// # Errors
     /// [`NetError`].
     pub fn new(tap: OwnedFd, config: NetConfig) -> Result<Self, NetError> {
-        if config.mac[0] & 1 != 0 || config.mac == [0; 6] {
-            return Err(NetError::Mac);
-        }
+        Self::make(Some(Tap::new(tap)?), config)
+    }
+
+    /// A device that [`NetHandle::connect`] gives its tap. The link is down until then.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn unconnected(config: NetConfig) -> Result<Self, NetError> {
+        Self::make(None, config)
+    }
+
+    fn make(tap: Option<Tap>, config: NetConfig) -> Result<Self, NetError> {
+        check_mac(config.mac)?;
         if config.mtu < LEAST_MTU {
             return Err(NetError::Mtu(config.mtu));
         }
         let setup = |what| move |source| NetError::Setup { what, source };
-        let tap = Tap::new(tap)?;
-        let link = Knob::new(1).map_err(setup("creating an eventfd"))?;
+        let link = Knob::new(tap.is_some().into()).map_err(setup("creating an eventfd"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
             .map_err(setup("creating an epoll instance"))?;
-        // Edge-triggered, frames that wait for buffers do not make the descriptor readable again and again.
-        let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-        epoll
-            .add(tap.fd(), EpollEvent::new(edge, 0))
-            .map_err(setup("watching the tap"))?;
+        if let Some(tap) = &tap {
+            watch(&epoll, tap).map_err(setup("watching the tap"))?;
+        }
         epoll
             .add(link.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))
             .map_err(setup("watching an eventfd"))?;
         let counters = Counters::default();
+        // What only some taps can do is not promised in the name of one that is yet to come.
+        let tap_features = tap.as_ref().map_or(Tap::features_of(false), Tap::features);
         Ok(Self {
             tap,
+            tap_features,
             config,
             acked_features: 0,
-            shared: Arc::new(Shared { link, counters }),
+            shared: Arc::new(Shared {
+                link,
+                cable: Mutex::new(None),
+                counters,
+            }),
             epoll,
             held: Vec::new(),
             given: false,
@@ -260,11 +317,53 @@ impl Net {
         self.acked_features & 1 << feature != 0
     }
 
+    /// The guest's hardware address.
+    pub fn mac(&self) -> MacAddress {
+        self.config.mac
+    }
+
+    /// Whether it has a tap.
+    pub fn is_connected(&self) -> bool {
+        self.tap.is_some()
+    }
+
+    /// Does what a handle has asked for.
+    fn change_cable(&mut self) {
+        let Some(cable) = self.shared.cable().take() else {
+            return;
+        };
+        // A frame of another network has no business here. The tap that was is no longer watched once it is closed.
+        self.held.clear();
+        self.tap = None;
+        let Cable::Plugged(tap, mac) = cable else {
+            return;
+        };
+        if let Err(errno) = watch(&self.epoll, &tap) {
+            return self.lose_tap(errno);
+        }
+        self.config.mac = mac;
+        self.tap = Some(tap);
+        self.set_acked_features(self.acked_features);
+    }
+
     /// The tap is no more: to the guest, the cable has been pulled.
     fn lose_tap(&mut self, errno: Errno) {
         tracing::warn!("the network device has lost its tap: {errno}");
         self.shared.link.set(0);
     }
+}
+
+fn check_mac(mac: MacAddress) -> Result<(), NetError> {
+    match mac[0] & 1 != 0 || mac == [0; 6] {
+        true => Err(NetError::Mac),
+        false => Ok(()),
+    }
+}
+
+/// Edge-triggered, frames that wait for buffers do not make the descriptor readable again and again.
+fn watch(epoll: &Epoll, tap: &Tap) -> Result<(), Errno> {
+    let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+    epoll.add(tap.fd(), EpollEvent::new(edge, 0))
 }
 
 impl Device for Net {
@@ -284,12 +383,14 @@ impl Device for Net {
             | 1 << VIRTIO_NET_F_MTU
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_MRG_RXBUF
-            | self.tap.features()
+            | self.tap_features
     }
 
     fn set_acked_features(&mut self, features: u64) {
         self.acked_features = features & self.features();
-        if let Err(errno) = self.tap.set_offloads(self.acked_features) {
+        if let Some(tap) = &self.tap
+            && let Err(errno) = tap.set_offloads(self.acked_features)
+        {
             tracing::warn!("the tap does not take the guest's offloads: {errno}");
         }
     }
@@ -338,6 +439,7 @@ impl Device for Net {
             .epoll
             .wait(&mut [EpollEvent::empty(); 2], EpollTimeout::ZERO);
         self.shared.link.again().asked();
+        self.change_cable();
         let mut used = self.receive(ctx)?;
         used.insert_all(self.transmit(ctx)?);
         Ok(used)

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use cloison_agent_api::PROTOCOL;
 use cloison_agent_api::agent::{self as api, Stdio, TtySize};
 use cloison_agent_api::agent_ttrpc::AgentClient;
+use cloison_vmm::MacAddress;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::{self, Context};
 use ttrpc::proto::Code;
@@ -334,6 +335,66 @@ impl Agent {
         answer.map(drop).map_err(|e| AgentError::new(what, e))
     }
 
+    /// Has the guest's kernel find the device that has been put into a slot.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn take_device(&self, slot: u32) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .take_device(within(CALL_TIMEOUT), &in_slot(slot))
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("take up a device", e))
+    }
+
+    /// Has the guest's kernel let go of the device in a slot.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn release_device(&self, slot: u32) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .release_device(within(CALL_TIMEOUT), &in_slot(slot))
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("let go of a device", e))
+    }
+
+    /// Makes a network device of the guest's what `interface` says, or what it says by now.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn configure_interface(&self, interface: &api::Interface) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .configure_interface(within(CALL_TIMEOUT), interface)
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("configure a network interface", e))
+    }
+
+    /// Takes everything from a network device of the guest's that it was given.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn remove_interface(&self, device: MacAddress) -> Result<(), AgentError> {
+        let request = api::InterfaceRequest {
+            device: device.to_vec(),
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .remove_interface(within(CALL_TIMEOUT), &request)
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("remove a network interface", e))
+    }
+
     /// Ends every process and writes every file back; the VM may be ended afterwards.
     ///
     /// # Errors
@@ -352,6 +413,13 @@ impl Agent {
 fn of(container: &str) -> api::ContainerRequest {
     api::ContainerRequest {
         container_id: container.into(),
+        ..Default::default()
+    }
+}
+
+fn in_slot(slot: u32) -> api::DeviceRequest {
+    api::DeviceRequest {
+        slot,
         ..Default::default()
     }
 }

@@ -49,6 +49,17 @@ pub enum Error {
         /// What went wrong.
         source: cloison_vmm::ControlError,
     },
+    /// The sandbox's network namespace, or an interface in it, cannot be used.
+    #[error(transparent)]
+    Network(#[from] cloison_net::Error),
+    /// An interface of the namespace's cannot be the guest's, or not follow what happened to it.
+    #[error("cannot keep the guest's network interface {name} like the host's")]
+    Interface {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: Box<Error>,
+    },
     /// The VM ended.
     #[error("the VM has ended: {reason}: {message}{}", tail(log))]
     Ended {

@@ -16,10 +16,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use cloison_agent_api::AGENT_PORT;
 use cloison_vmm::{
-    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, Timeline, VSOCK_SOCKET,
+    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, Nic, Timeline, VSOCK_SOCKET,
     VmProcess, VmSpec, launch, read_end,
 };
 use nix::fcntl::OFlag;
@@ -44,7 +45,7 @@ pub struct Running {
     process: VmProcess,
     exited: AsyncFd<OwnedFd>,
     agent: Agent,
-    control: ControlClient,
+    control: Arc<ControlClient>,
     // The VM process kills its VM when the last copy of this is closed, however this process ends.
     _owner: OwnedFd,
 }
@@ -110,12 +111,18 @@ impl Sandbox {
         shared::rootfs(&self.shared(), container)
     }
 
-    /// Starts the VM with `streams` ready for the first container's init. Calls to the agent may be made at once; they are
+    /// Starts the VM with `streams` ready for the first container's init, and with the interfaces of `nics`
+    /// ([`Network::early`](crate::Network::early)). Calls to the agent may be made at once; they are
     /// answered when the guest is up.
     ///
     /// # Errors
     /// When the VM process cannot be started.
-    pub fn launch(&self, spec: VmSpec, streams: Streams) -> Result<(Running, Wiring), Error> {
+    pub fn launch(
+        &self,
+        spec: VmSpec,
+        streams: Streams,
+        nics: Vec<Nic>,
+    ) -> Result<(Running, Wiring), Error> {
         let (wiring, mut attachments) = streams.into_attachments()?;
         let (ours, theirs) = UnixStream::pair().map_err(Error::system("create a socket pair"))?;
         theirs
@@ -140,6 +147,7 @@ impl Sandbox {
             dir: &self.dir,
             shared: &self.shared(),
             attachments,
+            nics,
             owner: Some(watched),
             log: None,
         })
@@ -156,7 +164,7 @@ impl Sandbox {
             exited,
             agent: Agent::over(ours)
                 .map_err(Error::system("set up the connection to the agent"))?,
-            control: self.control()?,
+            control: Arc::new(self.control()?),
             _owner: owner,
         };
         Ok((running, wiring))
@@ -283,6 +291,11 @@ impl Running {
     /// The agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// The VM process's control socket.
+    pub fn control(&self) -> Arc<ControlClient> {
+        Arc::clone(&self.control)
     }
 
     /// The VM process's pid.

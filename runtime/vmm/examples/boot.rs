@@ -36,6 +36,7 @@ fn main() -> anyhow::Result<ExitCode> {
         max_memory_mib: number(0, 256)?,
         vcpus: 1,
         max_vcpus: u8::try_from(number(1, 1)?)?,
+        spare_nics: 0,
         kernel: kernel.into(),
         initramfs: initramfs.into(),
         cmdline: rest.get(2..).unwrap_or_default().join(" "),
@@ -49,6 +50,7 @@ fn main() -> anyhow::Result<ExitCode> {
         dir: dir.path(),
         shared: Path::new("/mnt"),
         attachments: Vec::new(),
+        nics: Vec::new(),
         owner: None,
         log: Some(log),
     })

@@ -4,10 +4,12 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use cloison_devices::{
-    Attachment, Device, Fs, FsError, FsLimits, Vsock, VsockConfig, VsockError, VsockHandle,
+    Attachment, Device, Fs, FsError, FsLimits, Net, NetError, Vsock, VsockConfig, VsockError,
+    VsockHandle,
 };
 
 use crate::launch::VSOCK_SOCKET;
+use crate::nic::{self, Nic};
 
 /// Tag of the shared directory in the guest.
 pub(crate) const SHARED_TAG: &str = "cloison";
@@ -17,6 +19,8 @@ pub(crate) const SHARED_TAG: &str = "cloison";
 pub(crate) enum DevicesError {
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error("cannot make a network device")]
+    Net(#[from] NetError),
     #[error(transparent)]
     Vsock(#[from] VsockError),
 }
@@ -25,13 +29,17 @@ pub(crate) enum DevicesError {
 pub(crate) struct Devices {
     pub(crate) fs: Box<dyn Device>,
     pub(crate) vsock: Box<dyn Device>,
+    /// Those with a tap first.
+    pub(crate) nics: Vec<Net>,
 }
 
-/// Makes the devices, and the way to attach further streams to the vsock device.
+/// Makes the devices, with `spares` network devices beyond `nics`, and the way to attach further streams to the vsock device.
 pub(crate) fn make_devices(
     shared: &Path,
     vsock_listener: OwnedFd,
     attachments: Vec<Attachment>,
+    nics: Vec<Nic>,
+    spares: u8,
 ) -> Result<(Devices, VsockHandle), DevicesError> {
     let fs = Fs::new(SHARED_TAG, shared, FsLimits::for_this_process())?;
     let vsock = Vsock::new(VsockConfig {
@@ -40,10 +48,13 @@ pub(crate) fn make_devices(
         attachments,
     })?;
     let handle = vsock.handle();
+    let nics = nics.into_iter().map(nic::connected);
+    let nics = nics.chain((0..spares).map(nic::spare));
     Ok((
         Devices {
             fs: Box::new(fs),
             vsock: Box::new(vsock),
+            nics: nics.collect::<Result<_, _>>()?,
         },
         handle,
     ))

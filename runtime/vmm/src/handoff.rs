@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use cloison_devices::Attachment;
+use cloison_devices::{Attachment, MacAddress};
 use nix::sys::socket::MsgFlags;
 use serde::{Deserialize, Serialize};
 
+use crate::nic::Nic;
 use crate::packet::{self, MAX_PACKET, Packet, Received};
 use crate::spec::VmSpec;
 
@@ -32,6 +33,7 @@ pub(crate) struct Handoff {
     /// Read end of the pipe whose EOF means that the owner is gone.
     pub(crate) owner: Option<OwnedFd>,
     pub(crate) attachments: Vec<Attachment>,
+    pub(crate) nics: Vec<Nic>,
 }
 
 /// The part of a [`Handoff`] that is text: which descriptors follow, in the order of its fields.
@@ -42,6 +44,7 @@ struct Manifest {
     log_level: String,
     owner: bool,
     attachments: Vec<Ends>,
+    nics: Vec<MacAddress>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,12 +73,14 @@ pub(crate) fn send(socket: BorrowedFd<'_>, handoff: Handoff) -> io::Result<()> {
         }
     });
     let attachments = ends.collect();
+    fds.extend(handoff.nics.iter().map(|nic| nic.tap.as_raw_fd()));
     let manifest = Manifest {
         spec: handoff.spec,
         shared: handoff.shared,
         log_level: handoff.log_level,
         owner: handoff.owner.is_some(),
         attachments,
+        nics: handoff.nics.iter().map(|nic| nic.mac).collect(),
     };
     let text = serde_json::to_vec(&manifest)?;
     packet::send(socket, &text, &fds, MsgFlags::empty())
@@ -104,6 +109,10 @@ pub(crate) fn receive(socket: impl AsFd) -> io::Result<Handoff> {
             done: ends.done.then(&mut next).transpose()?,
         });
     }
+    let mut nics = Vec::with_capacity(manifest.nics.len());
+    for mac in manifest.nics {
+        nics.push(Nic { tap: next()?, mac });
+    }
     if fds.next().is_some() {
         return Err(invalid("a descriptor belongs to nothing"));
     }
@@ -116,6 +125,7 @@ pub(crate) fn receive(socket: impl AsFd) -> io::Result<Handoff> {
         vsock,
         owner,
         attachments,
+        nics,
     })
 }
 

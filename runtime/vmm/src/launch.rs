@@ -15,6 +15,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::end::{self, End, EndFileError};
 use crate::handoff::{self, Handoff, MAX_EARLY_ATTACHMENTS};
+use crate::nic::Nic;
 use crate::spec::{Engine, SpecError, VmSpec};
 use crate::{packet, sys};
 
@@ -39,6 +40,8 @@ pub struct Launch<'a> {
     pub shared: &'a Path,
     /// Streams that are there before the guest's first instruction; at most [`MAX_EARLY_ATTACHMENTS`].
     pub attachments: Vec<Attachment>,
+    /// Network interfaces that are there before the guest's first instruction; at most [`VmSpec::MAX_NICS`], the spare ones counted.
+    pub nics: Vec<Nic>,
     /// Read end of a pipe; when it reports end of file, the owner has died and the VM is killed.
     pub owner: Option<OwnedFd>,
     /// Where the VM process's log lines go; `None` drops them.
@@ -103,6 +106,7 @@ pub fn launch(launch: Launch<'_>) -> Result<VmProcess, LaunchError> {
         dir,
         shared,
         attachments,
+        nics,
         owner,
         log,
     } = launch;
@@ -110,6 +114,10 @@ pub fn launch(launch: Launch<'_>) -> Result<VmProcess, LaunchError> {
     check(&spec)?;
     if attachments.len() > MAX_EARLY_ATTACHMENTS {
         return Err(LaunchError::Attachments(attachments.len()));
+    }
+    let all_nics = nics.len() + usize::from(spec.spare_nics);
+    if all_nics > VmSpec::MAX_NICS {
+        return Err(SpecError::Nics(all_nics).into());
     }
     let shared = usable(
         "shared directory",
@@ -150,6 +158,7 @@ pub fn launch(launch: Launch<'_>) -> Result<VmProcess, LaunchError> {
         vsock,
         owner,
         attachments,
+        nics,
     };
     match handoff::send(ours.as_fd(), handoff) {
         Ok(()) => Ok(process),

@@ -11,6 +11,7 @@ mod kvm;
 mod launch;
 mod lock_in;
 mod machine;
+mod nic;
 mod packet;
 pub mod probe;
 mod process;
@@ -24,7 +25,7 @@ mod timeline;
 mod vhost_user;
 
 pub use choose::{Chosen, EngineChoice, NoKvm, UnknownEngine, choose};
-pub use cloison_devices::Attachment;
+pub use cloison_devices::{Attachment, MacAddress};
 pub use control::{ControlClient, ControlError, DeviceKind, State, Status};
 pub use end::{END_FILE, End, EndFileError, EndReason, await_end, read_end};
 pub use handoff::MAX_EARLY_ATTACHMENTS;
@@ -32,6 +33,7 @@ pub use launch::{
     CONTROL_SOCKET, Launch, LaunchError, VM_PROCESS_NAME, VSOCK_SOCKET, VmProcess, WaitError,
     launch,
 };
+pub use nic::{Nic, Plugged};
 pub use process::vm_main;
 pub use spec::{Engine, SpecError, VmSpec};
 pub use timeline::{Timeline, monotonic};

@@ -4,6 +4,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::control::{DeviceKind, State};
+use crate::nic::Plugged;
 
 /// Whether a descriptor is still worth watching.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,9 +53,11 @@ pub(crate) trait Machine {
     /// Lets the guest have this much memory beyond what it was started with, MiB. It takes it, and gives it back, in its own time.
     fn resize_hot_memory(&mut self, mib: u32) -> Result<(), String>;
 
-    /// Gives the guest one more device, made from `file` if it needs one, and answers the slot it is in; it is for the guest to look
-    /// there.
-    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
+    /// Network devices that are in use.
+    fn nics(&self) -> Vec<Plugged>;
+
+    /// Gives the guest one more device, made from `file` if it needs one, and answers where; it is for the guest to look there.
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String>;
 
     /// Takes a device away that was given to the guest by [`Machine::plug`].
     fn unplug(&mut self, slot: u32) -> Result<(), String>;

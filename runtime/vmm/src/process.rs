@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use cloison_devices::VsockHandle;
+use cloison_devices::{Net, VsockHandle};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -24,6 +24,7 @@ use crate::kernel_log::KernelLog;
 use crate::kvm::{KvmError, KvmMachine};
 use crate::lock_in::lock_in;
 use crate::machine::{Machine, Watch};
+use crate::nic::Plugged;
 use crate::software::{Qemu, SoftwareError};
 use crate::spec::{Engine, VmSpec};
 use crate::stop::{Stop, Verdict, chain, panic_text};
@@ -104,12 +105,18 @@ pub fn vm_main() -> ExitCode {
         vsock,
         owner,
         attachments,
+        nics,
         ..
     } = handoff;
     let log = KernelLog::default();
     let run = || {
         let stop = Stop::new().map_err(system("make the main loop's bell"))?;
-        let (devices, vsock) = make_devices(&shared, vsock, attachments)?;
+        // An engine that can add devices makes them when they are needed.
+        let spares = match spec.engine {
+            Engine::Software => spec.spare_nics,
+            Engine::Kvm => 0,
+        };
+        let (devices, vsock) = make_devices(&shared, vsock, attachments, nics, spares)?;
         let (machine, guest) = start(&spec, devices, &log, &stop)?;
         let vm = Vm {
             spec,
@@ -169,7 +176,8 @@ fn start(
     let lock_in = || lock_in().map_err(system("give up what a VM process does not need"));
     match spec.engine {
         Engine::Software => {
-            let (mut qemu, sockets) = Qemu::spawn(spec, log.clone(), stop.clone())?;
+            let nics = devices.nics.iter().map(Net::mac).collect();
+            let (mut qemu, sockets) = Qemu::spawn(spec, nics, log.clone(), stop.clone())?;
             lock_in()?;
             let guest = monotonic();
             qemu.serve(devices, sockets)?;
@@ -295,6 +303,7 @@ impl Host for Vm {
             max_memory_mib: self.spec.max_memory_mib,
             vcpus: self.machine.vcpus(),
             max_vcpus: self.machine.max_vcpus(),
+            nics: self.machine.nics(),
         }
     }
 
@@ -335,7 +344,7 @@ impl Host for Vm {
         self.machine.resize_hot_memory(mib - least)
     }
 
-    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
+    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
         self.machine.plug(device, file)
     }
 

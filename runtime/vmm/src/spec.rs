@@ -38,6 +38,9 @@ pub struct VmSpec {
     pub vcpus: u8,
     /// vCPUs it can be given while it runs, `vcpus` to 64. Those beyond `vcpus` are parked and cost next to nothing.
     pub max_vcpus: u8,
+    /// Network devices that wait for a tap from the guest's start, on an engine that cannot add devices later; 0 to
+    /// [`VmSpec::MAX_NICS`], less those that have a tap already. Each costs a little of the guest's boot.
+    pub spare_nics: u8,
     /// Uncompressed ELF kernel.
     pub kernel: PathBuf,
     /// Initial ramfs with the agent.
@@ -80,6 +83,9 @@ pub enum SpecError {
         /// At most.
         max: u8,
     },
+    /// More network devices than there are places for.
+    #[error("a VM with {0} network interfaces is out of range: it has places for {max}", max = VmSpec::MAX_NICS)]
+    Nics(usize),
     /// An ID that could be mistaken for something else on a command line.
     #[error("VM ID {0:?} is not made of 1 to {max} letters, digits, '_', '.' and '-'", max = VmSpec::MAX_ID)]
     Id(String),
@@ -96,6 +102,8 @@ impl VmSpec {
     pub const MAX_MEMORY_MIB: u32 = 1 << 20;
     /// The most vCPUs a guest may have.
     pub const MAX_VCPUS: u8 = 64;
+    /// The most network devices a guest has at its start: QEMU's microvm has 8 virtio-mmio transports, four of which are taken.
+    pub const MAX_NICS: usize = 4;
     /// The longest ID, bytes.
     pub const MAX_ID: usize = 128;
     /// The longest [`VmSpec::cmdline`], bytes: half of what x86 takes (COMMAND_LINE_SIZE, 2048), the rest is the engine's.
@@ -124,6 +132,9 @@ impl VmSpec {
                 max: self.max_vcpus,
             });
         }
+        if usize::from(self.spare_nics) > Self::MAX_NICS {
+            return Err(SpecError::Nics(self.spare_nics.into()));
+        }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         if self.id.is_empty() || self.id.len() > Self::MAX_ID || !self.id.chars().all(plain) {
             return Err(SpecError::Id(self.id.clone()));
@@ -147,6 +158,7 @@ mod tests {
             max_memory_mib: 256,
             vcpus: 1,
             max_vcpus: 1,
+            spare_nics: 0,
             kernel: "vmlinux".into(),
             initramfs: "initramfs".into(),
             cmdline: String::new(),
@@ -209,6 +221,19 @@ mod tests {
             };
             assert_eq!(spec.validate(), Err(refused));
         }
+    }
+
+    #[test]
+    fn more_spare_interfaces_than_places_are_refused() {
+        let with = |spare_nics| {
+            let spec = VmSpec {
+                spare_nics,
+                ..spec()
+            };
+            spec.validate()
+        };
+        assert_eq!(with(4), Ok(()));
+        assert_eq!(with(5), Err(SpecError::Nics(5)));
     }
 
     #[test]

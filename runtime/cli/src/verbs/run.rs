@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cloison_image::{Image, Progress, Root, RootFs, Store};
+use cloison_net::Namespace;
 use cloison_sandbox::{Home, Id, Name, Shared, Streams, enter_private_namespace};
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
@@ -40,6 +41,7 @@ struct Prepared {
     capabilities: Capabilities,
     security: SecurityOptions,
     probed: Option<Probed>,
+    namespace: Option<Namespace>,
 }
 
 /// Runs a container; the status is its own.
@@ -103,6 +105,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     if matches!(args.engine.into(), EngineChoice::Auto) && engine == Engine::Software {
         eprintln!("cloison: {reason}");
     }
+    let namespace = args.network.namespace()?;
     let id = Id::random().context("cannot make an ID")?;
     let vcpus = args.cpus.map_or(1, |cpus| cpus.0.div_ceil(1000));
     let vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX);
@@ -113,6 +116,8 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         max_memory_mib: vm_memory,
         vcpus,
         max_vcpus: vcpus,
+        // For an interface that comes later.
+        spare_nics: namespace.is_some().into(),
         kernel: parts::kernel(global)?,
         initramfs: parts::initramfs(global)?,
         cmdline: String::new(),
@@ -154,6 +159,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         capabilities,
         security,
         probed,
+        namespace,
     })
 }
 
@@ -202,6 +208,7 @@ fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result
         streams,
         profile: None,
         probed: prepared.probed,
+        namespace: prepared.namespace,
     })
 }
 

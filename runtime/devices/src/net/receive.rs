@@ -27,7 +27,10 @@ impl Net {
     /// Gives the guest the frames there are, as far as it has buffers for them.
     pub(super) fn receive(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
         let mut used = false;
-        if self.link_up() && ctx.queues.get(RX).is_some_and(|queue| queue.ready()) {
+        if self.link_up()
+            && self.tap.is_some()
+            && ctx.queues.get(RX).is_some_and(|queue| queue.ready())
+        {
             let mut buffers = Buffers::new(self.acked(VIRTIO_NET_F_MRG_RXBUF));
             let mut next = Next::Again;
             for _ in 0..BATCH {
@@ -61,10 +64,13 @@ impl Net {
         if buffers.room() == 0 {
             return Ok(Next::Wait);
         }
+        let Some(tap) = &self.tap else {
+            return Ok(Next::Wait);
+        };
         let length = if !self.held.is_empty() {
             self.held.len()
         } else if buffers.room() >= MAX_READ {
-            match self.tap.read(&buffers.iovecs()) {
+            match tap.read(&buffers.iovecs()) {
                 Ok(length) => {
                     buffers.give(ctx, length)?;
                     return Ok(self.given(used));
@@ -73,7 +79,7 @@ impl Net {
             }
         } else {
             self.held.resize(MAX_READ, 0);
-            let read = self.tap.read_own(&mut self.held);
+            let read = tap.read_own(&mut self.held);
             self.held.truncate(read.unwrap_or(0));
             match read {
                 Ok(length) => length,

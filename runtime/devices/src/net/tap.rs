@@ -68,14 +68,19 @@ impl Tap {
 
     /// The feature bits that stand for what it can do, in both directions.
     pub(super) fn features(&self) -> u64 {
+        Self::features_of(self.udp)
+    }
+
+    /// The same of any tap that can, or cannot, segment UDP.
+    pub(super) fn features_of(udp: bool) -> u64 {
         let from_guest = [
             VIRTIO_NET_F_CSUM,
             VIRTIO_NET_F_HOST_TSO4,
             VIRTIO_NET_F_HOST_TSO6,
             VIRTIO_NET_F_HOST_ECN,
         ];
-        let udp_from_guest = self.udp.then_some(VIRTIO_NET_F_HOST_USO);
-        let to_guest = self.offloads().map(|(_, feature)| feature);
+        let udp_from_guest = udp.then_some(VIRTIO_NET_F_HOST_USO);
+        let to_guest = offloads_of(udp).map(|(_, feature)| feature);
         from_guest
             .into_iter()
             .chain(udp_from_guest)
@@ -87,7 +92,7 @@ impl Tap {
     pub(super) fn set_offloads(&self, features: u64) -> Result<(), Errno> {
         let mut offloads = 0;
         if features & 1 << VIRTIO_NET_F_GUEST_CSUM != 0 {
-            for (offload, feature) in self.offloads() {
+            for (offload, feature) in offloads_of(self.udp) {
                 if features & 1 << feature != 0 {
                     offloads |= offload;
                 }
@@ -105,11 +110,6 @@ impl Tap {
         // SAFETY: the request takes a number.
         let set = unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD, offloads) };
         Errno::result(set).map(drop)
-    }
-
-    fn offloads(&self) -> impl Iterator<Item = (u32, u32)> {
-        let udp = if self.udp { &UDP_OFFLOADS[..] } else { &[] };
-        OFFLOADS.iter().chain(udp).copied()
     }
 
     /// Reads one frame into `to`, cut off where that ends; answers its length, header included.
@@ -134,6 +134,11 @@ impl Tap {
             unsafe { libc::writev(self.fd.as_raw_fd(), from.as_ptr(), count(from)) }
         })
     }
+}
+
+fn offloads_of(udp: bool) -> impl Iterator<Item = (u32, u32)> {
+    let udp = if udp { &UDP_OFFLOADS[..] } else { &[] };
+    OFFLOADS.iter().chain(udp).copied()
 }
 
 /// The flags of the interface that `fd` stands for, if it stands for one.

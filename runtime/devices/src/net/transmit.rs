@@ -68,11 +68,11 @@ impl Net {
             return None;
         }
         front[..HEADER_LENGTH].copy_from_slice(&checked.header);
-        if !self.link_up() {
+        let Some(tap) = self.tap.as_ref().filter(|_| self.link_up()) else {
             count(&self.shared.counters.refused);
             return None;
-        }
-        match self.tap.write(&Iovecs::behind(&front, &rest)) {
+        };
+        match tap.write(&Iovecs::behind(&front, &rest)) {
             Ok(_) => {
                 count(&self.shared.counters.transmitted);
                 None

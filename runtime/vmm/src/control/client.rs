@@ -10,6 +10,7 @@ use nix::sys::socket::{MsgFlags, SockType, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::{DeviceKind, Reply, Request, Status};
+use crate::nic::Plugged;
 use crate::packet::{self, MAX_PACKET, Received};
 
 /// Seconds after which a VM process that does not answer is given up.
@@ -166,8 +167,8 @@ impl ControlClient {
         self.tell(&Request::ResizeMemory { memory_mib })
     }
 
-    /// Gives the guest one more device, made from `file` if it needs one. Answers the slot it is in, at which the agent is to
-    /// look.
+    /// Gives the guest one more device, made from `file` if it needs one. Answers where it is: unless it was
+    /// [`Plugged::present`], the agent is to look there.
     ///
     /// # Errors
     /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, when no slot is empty, and for a file that the
@@ -176,15 +177,15 @@ impl ControlClient {
         &self,
         device: DeviceKind,
         file: Option<BorrowedFd<'_>>,
-    ) -> Result<u32, ControlError> {
+    ) -> Result<Plugged, ControlError> {
         let fds: Vec<RawFd> = file.iter().map(AsRawFd::as_raw_fd).collect();
         match self.ask(&Request::Plug { device }, &fds)? {
-            Reply::Plugged { slot } => Ok(slot),
+            Reply::Plugged(plugged) => Ok(plugged),
             _ => Err(ControlError::Nonsense(None)),
         }
     }
 
-    /// Takes a device away that came by [`ControlClient::plug`], and that the agent has let go of.
+    /// Takes a device away that came by [`ControlClient::plug`], or a network device, that the agent has let go of.
     ///
     /// # Errors
     /// See [`ControlError`]; [`ControlError::Refused`] when there is no such device.

@@ -6,11 +6,13 @@ mod server;
 #[cfg(feature = "testing")]
 pub(crate) mod testing;
 
+use cloison_devices::MacAddress;
 use serde::{Deserialize, Serialize};
 
 pub use client::{ControlClient, ControlError};
 pub(crate) use server::{Host, Server};
 
+use crate::nic::Plugged;
 use crate::spec::Engine;
 use crate::timeline::Timeline;
 
@@ -49,7 +51,7 @@ enum Reply {
     Status(Status),
     Attached { port: u32 },
     KernelLog { text: String },
-    Plugged { slot: u32 },
+    Plugged(Plugged),
     Error { message: String },
 }
 
@@ -78,6 +80,8 @@ pub struct Status {
     pub vcpus: u8,
     /// vCPUs it can be given.
     pub max_vcpus: u8,
+    /// Network devices that are in use; those that were there before the guest started first, in the order in which they were given.
+    pub nics: Vec<Plugged>,
 }
 
 /// A device that a guest can be given while it runs.
@@ -96,12 +100,17 @@ pub enum DeviceKind {
     },
     /// Persistent memory: a file of the host's, whose descriptor comes along, which the guest can read and map without a copy (DAX).
     Pmem {},
+    /// A network interface: a tap, whose descriptor comes along.
+    Net {
+        /// The guest's hardware address.
+        mac: MacAddress,
+    },
 }
 
 impl DeviceKind {
     /// Whether it is made from a descriptor.
     fn has_descriptor(&self) -> bool {
-        matches!(self, Self::Blk { .. } | Self::Pmem {})
+        matches!(self, Self::Blk { .. } | Self::Pmem {} | Self::Net { .. })
     }
 }
 

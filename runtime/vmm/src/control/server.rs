@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 
 use super::{DeviceKind, Reply, Request, Status};
+use crate::nic::Plugged;
 use crate::packet::{self, MAX_PACKET, Packet, Received};
 
 /// The most clients at a time; one more is told so and hung up on.
@@ -46,8 +47,8 @@ pub(crate) trait Host {
 
     fn resize_memory(&mut self, mib: u32) -> Result<(), String>;
 
-    /// Answers the slot in which the device is.
-    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String>;
+    /// Answers where the device is.
+    fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String>;
 
     fn unplug(&mut self, slot: u32) -> Result<(), String>;
 
@@ -220,7 +221,7 @@ pub(super) fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::ResizeVcpus { vcpus } => done(host.resize_vcpus(vcpus)),
         Request::ResizeMemory { memory_mib } => done(host.resize_memory(memory_mib)),
         Request::Plug { device } => match host.plug(device, fds.next()) {
-            Ok(slot) => Reply::Plugged { slot },
+            Ok(plugged) => Reply::Plugged(plugged),
             Err(why) => refuse(why),
         },
         Request::Unplug { slot } => done(host.unplug(slot)),

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use super::server::{Host, handle};
 use super::{DeviceKind, Reply, State, Status};
+use crate::nic::Plugged;
 use crate::packet::Packet;
 use crate::spec::Engine;
 use crate::timeline::Timeline;
@@ -37,6 +38,7 @@ impl Host for Nobody {
             max_memory_mib: 0,
             vcpus: 1,
             max_vcpus: 1,
+            nics: Vec::new(),
         }
     }
 
@@ -71,8 +73,11 @@ impl Host for Nobody {
         Ok(())
     }
 
-    fn plug(&mut self, _device: DeviceKind, _file: Option<OwnedFd>) -> Result<u32, String> {
-        Ok(1)
+    fn plug(&mut self, _device: DeviceKind, _file: Option<OwnedFd>) -> Result<Plugged, String> {
+        Ok(Plugged {
+            slot: 1,
+            present: None,
+        })
     }
 
     fn unplug(&mut self, _slot: u32) -> Result<(), String> {

@@ -75,9 +75,9 @@ pub(super) fn load_initramfs(
 /// of the kernel that is written is a page that this VM no longer shares; for the same reason the initramfs stays where it is when
 /// it has been unpacked (`retain_initrd`). The host vouches for its clock (`tsc=reliable`): CPUs that come need not compare theirs.
 /// And whoever waits for readers of the kernel's data to be done does not wait for the next ticks (`rcupdate.rcu_expedited`), as making
-/// a container does several times.
+/// a container does several times. No network interface is there that nobody asked for (`dummy.numdummies=0`).
 const WORDS: &str = "console=hvc0 quiet panic=-1 reboot=k maxcpus=1 noreplace-smp retain_initrd tsc=reliable \
-    rcupdate.rcu_expedited=1";
+    rcupdate.rcu_expedited=1 dummy.numdummies=0";
 
 /// The words every guest of this engine is started with, those that name the slots, and the caller's.
 pub(super) fn command_line(words: &str) -> Result<String, KvmError> {

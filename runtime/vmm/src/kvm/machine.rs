@@ -26,6 +26,7 @@ use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::kernel_log::KernelLog;
 use crate::machine::{Machine, Watch};
+use crate::nic::{self, Nic, Plugged};
 use crate::spec::VmSpec;
 use crate::stop::{Stop, chain};
 
@@ -39,6 +40,8 @@ pub(crate) struct KvmMachine {
     /// Gives the guest memory while it runs, if it may ever have more.
     hot_memory: Option<MemHandle>,
     windows: Windows,
+    /// The slots of network devices.
+    nics: Vec<u32>,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
@@ -75,7 +78,8 @@ impl KvmMachine {
         let vm = Arc::new(vm);
         let above = memory.last_addr().raw_value() + 1;
         let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
-        for (name, device) in boot_devices(devices, log.clone(), &memory)? {
+        let Devices { fs, vsock, nics } = devices;
+        for (name, device) in boot_devices(fs, vsock, log.clone(), &memory)? {
             bus.plug(name, device)?;
         }
         let hot_memory = hot
@@ -88,6 +92,10 @@ impl KvmMachine {
                 Ok::<_, KvmError>(handle)
             })
             .transpose()?;
+        let nics = nics
+            .into_iter()
+            .map(|net| bus.plug("net", Box::new(net)).map(|slot| slot as u32))
+            .collect::<Result<_, _>>()?;
         let offer = Offer::of(&kvm_fd)?;
         let windows = Windows::new(Arc::clone(&vm), above.max(HOLE_END), offer.address_bits());
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
@@ -109,6 +117,7 @@ impl KvmMachine {
             bus,
             hot_memory,
             windows,
+            nics,
             first: Some(first),
             vcpus: Vec::new(),
         })
@@ -235,22 +244,34 @@ impl Machine for KvmMachine {
         hot_memory.request(bytes).map_err(|error| chain(&error))
     }
 
-    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<u32, String> {
+    fn nics(&self) -> Vec<Plugged> {
+        self.nics.iter().map(|slot| in_slot(*slot)).collect()
+    }
+
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
+        let is_net = matches!(kind, DeviceKind::Net { .. });
         let plugged = match kind {
-            DeviceKind::Pmem {} => self.plug_pmem(&into_file(file)?),
+            DeviceKind::Pmem {} => self.plug_pmem(&from(file)?.into()),
             DeviceKind::Rng => {
                 let rng = Rng::new().map_err(|errno| format!("cannot make the device: {errno}"))?;
                 self.bus.plug("rng", Box::new(rng))
             }
             DeviceKind::Blk { read_only, serial } => {
-                let blk = Blk::new(into_file(file)?, read_only, &serial);
+                let blk = Blk::new(from(file)?.into(), read_only, &serial);
                 let blk = blk.map_err(|error| chain(&error))?;
                 self.bus.plug("blk", Box::new(blk))
             }
+            DeviceKind::Net { mac } => {
+                let tap = from(file)?;
+                let net = nic::connected(Nic { tap, mac }).map_err(|error| chain(&error))?;
+                self.bus.plug("net", Box::new(net))
+            }
         };
-        plugged
-            .map(|slot| slot as u32)
-            .map_err(|error| chain(&error))
+        let slot = plugged.map_err(|error| chain(&error))? as u32;
+        if is_net {
+            self.nics.push(slot);
+        }
+        Ok(in_slot(slot))
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
@@ -260,7 +281,9 @@ impl Machine for KvmMachine {
         let unplugged = self.bus.unplug(slot as usize);
         unplugged
             .and_then(|()| self.windows.close(slot as usize))
-            .map_err(|error| chain(&error))
+            .map_err(|error| chain(&error))?;
+        self.nics.retain(|nic| *nic != slot);
+        Ok(())
     }
 
     fn end(&mut self) {
@@ -337,13 +360,22 @@ const BOOT_DEVICES: usize = 5;
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
 
-fn into_file(descriptor: Option<OwnedFd>) -> Result<File, String> {
-    let file = descriptor.map(File::from);
-    file.ok_or_else(|| "this device is made from a file".into())
+/// The descriptor that a device is made from.
+fn from(descriptor: Option<OwnedFd>) -> Result<OwnedFd, String> {
+    descriptor.ok_or_else(|| "this device is made from a descriptor, and none came along".into())
+}
+
+/// A device whose place the guest has yet to look at.
+fn in_slot(slot: u32) -> Plugged {
+    Plugged {
+        slot,
+        present: None,
+    }
 }
 
 fn boot_devices(
-    devices: Devices,
+    fs: Box<dyn Device>,
+    vsock: Box<dyn Device>,
     log: KernelLog,
     memory: &GuestMemoryMmap,
 ) -> Result<[Named; BOOT_DEVICES], KvmError> {
@@ -356,8 +388,8 @@ fn boot_devices(
     Ok([
         ("console", Box::new(console)),
         ("rng", Box::new(rng)),
-        ("vsock", devices.vsock),
-        ("fs", devices.fs),
+        ("vsock", vsock),
+        ("fs", fs),
         ("balloon", Box::new(balloon)),
     ])
 }

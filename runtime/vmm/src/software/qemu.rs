@@ -2,29 +2,34 @@
 
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use cloison_devices::{Device, MacAddress, NetHandle};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::SockType;
+use nix::sys::stat::Mode;
 use nix::unistd::{Pid, getppid};
 
-use super::command::{Inherited, arguments};
+use super::command::{Inherited, InheritedNic, arguments};
 use super::transcript::Transcript;
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::end::EndReason;
 use crate::kernel_log::KernelLog;
 use crate::machine::{Machine, Watch};
+use crate::nic::Plugged;
+use crate::packet;
 use crate::spec::VmSpec;
-use crate::stop::Stop;
+use crate::stop::{Stop, chain};
 use crate::sys;
-use crate::vhost_user::{ServeError, Service};
+use crate::vhost_user::{self, ServeError, Service};
 
 /// What to do about a QEMU that does not work. 7.2 (Debian 12) is the oldest that was tried; microvm without ACPI came with 5.2.
 const ADVICE: &str =
@@ -60,6 +65,15 @@ pub(crate) enum SoftwareError {
 pub(crate) struct Sockets {
     fs: UnixStream,
     vsock: UnixStream,
+    /// QEMU connects to these.
+    nics: Vec<UnixListener>,
+}
+
+/// A network device, which stays where it is while what it is connected to comes and goes.
+struct Nic {
+    mac: MacAddress,
+    handle: NetHandle,
+    connected: bool,
 }
 
 /// A QEMU that has been started; it comes to life when its devices are served.
@@ -74,15 +88,17 @@ pub(crate) struct Qemu {
     stop: Stop,
     running: Arc<AtomicBool>,
     vcpus: u8,
+    nics: Vec<Nic>,
     paused: bool,
     reaped: bool,
 }
 
 impl Qemu {
-    /// Starts QEMU, which then waits for the devices; must be called on the VM process's main thread, for QEMU dies with the
+    /// Starts QEMU, which then waits for the devices, network devices with these addresses among them; must be called on the VM process's main thread, for QEMU dies with the
     /// thread that started it.
     pub(crate) fn spawn(
         spec: &VmSpec,
+        nics: Vec<MacAddress>,
         log: KernelLog,
         stop: Stop,
     ) -> Result<(Self, Sockets), SoftwareError> {
@@ -90,12 +106,24 @@ impl Qemu {
         let (fs, fs_of_qemu) = pair()?;
         let (vsock, vsock_of_qemu) = pair()?;
         let (console, console_of_qemu) = io::pipe().map_err(SoftwareError::Connect)?;
+        let sockets = nics.iter().map(|_| listen());
+        let sockets = sockets.collect::<io::Result<Vec<_>>>();
+        let (listeners, files): (Vec<_>, Vec<_>) =
+            sockets.map_err(SoftwareError::Connect)?.into_iter().unzip();
         let inherited = Inherited {
             fs: fs_of_qemu.as_raw_fd(),
             vsock: vsock_of_qemu.as_raw_fd(),
             console: console_of_qemu.as_raw_fd(),
+            nics: nics
+                .into_iter()
+                .zip(&files)
+                .map(|(mac, file)| InheritedNic {
+                    socket: file.as_raw_fd(),
+                    mac,
+                })
+                .collect(),
         };
-        let mut child = spawn(spec, inherited).map_err(|source| SoftwareError::Start {
+        let mut child = spawn(spec, &inherited).map_err(|source| SoftwareError::Start {
             path: spec.qemu.clone(),
             source,
         })?;
@@ -117,10 +145,12 @@ impl Qemu {
             stop,
             running: Arc::new(AtomicBool::new(false)),
             vcpus: spec.vcpus,
+            nics: Vec::new(),
             paused: false,
             reaped: false,
         };
-        Ok((qemu, Sockets { fs, vsock }))
+        let nics = listeners;
+        Ok((qemu, Sockets { fs, vsock, nics }))
     }
 
     /// Serves the devices, each on a thread of its own; with that the guest starts.
@@ -129,24 +159,57 @@ impl Qemu {
         devices: Devices,
         sockets: Sockets,
     ) -> Result<(), SoftwareError> {
-        let fs = ("fs", devices.fs, sockets.fs);
-        let vsock = ("vsock", devices.vsock, sockets.vsock);
-        for (name, device, socket) in [fs, vsock] {
-            let serve = |source| SoftwareError::Serve {
-                device: name,
-                source,
-            };
-            let qemu = self.pidfd.try_clone().map_err(SoftwareError::Connect)?;
-            let running = Arc::clone(&self.running);
-            let service = Service::new(device, socket, qemu, running).map_err(serve)?;
-            self.stop
-                .spawn(name, move || service.run())
-                .map_err(|source| SoftwareError::Thread {
-                    device: name,
-                    source,
-                })?;
+        // QEMU asks about its network devices before it makes any device.
+        for (net, listener) in devices.nics.into_iter().zip(sockets.nics) {
+            self.nics.push(Nic {
+                mac: net.mac(),
+                handle: net.handle(),
+                connected: net.is_connected(),
+            });
+            let (qemu, running) = self.of_service()?;
+            self.spawn_service("net", move || {
+                match vhost_user::accept(&listener, qemu.as_fd())? {
+                    Some(socket) => Service::new(Box::new(net), socket, qemu, running)?.run(),
+                    // Why QEMU has ended, it says itself.
+                    None => Ok(()),
+                }
+            })?;
         }
-        Ok(())
+        self.serve_device("fs", devices.fs, sockets.fs)?;
+        self.serve_device("vsock", devices.vsock, sockets.vsock)
+    }
+
+    fn serve_device(
+        &self,
+        name: &'static str,
+        device: Box<dyn Device>,
+        socket: UnixStream,
+    ) -> Result<(), SoftwareError> {
+        let (qemu, running) = self.of_service()?;
+        let service = Service::new(device, socket, qemu, running);
+        let service = service.map_err(|source| SoftwareError::Serve {
+            device: name,
+            source,
+        })?;
+        self.spawn_service(name, move || service.run())
+    }
+
+    /// What every device's service needs to know of QEMU, and what it tells of it.
+    fn of_service(&self) -> Result<(OwnedFd, Arc<AtomicBool>), SoftwareError> {
+        let qemu = self.pidfd.try_clone().map_err(SoftwareError::Connect)?;
+        Ok((qemu, Arc::clone(&self.running)))
+    }
+
+    fn spawn_service(
+        &self,
+        name: &'static str,
+        body: impl FnOnce() -> Result<(), ServeError> + Send + 'static,
+    ) -> Result<(), SoftwareError> {
+        let thread = self.stop.spawn(name, body);
+        thread.map(drop).map_err(|source| SoftwareError::Thread {
+            device: name,
+            source,
+        })
     }
 
     /// QEMU has ended by itself: reaps it and says what that means.
@@ -296,12 +359,34 @@ impl Machine for Qemu {
         Err("a VM on the software engine keeps the memory it was started with".into())
     }
 
-    fn plug(&mut self, _kind: DeviceKind, _file: Option<OwnedFd>) -> Result<u32, String> {
-        Err("a VM on the software engine keeps the devices it was started with".into())
+    fn nics(&self) -> Vec<Plugged> {
+        let nics = (0..).zip(&self.nics).filter(|(_, nic)| nic.connected);
+        nics.map(|(slot, nic)| nic.plugged(slot)).collect()
     }
 
-    fn unplug(&mut self, _slot: u32) -> Result<(), String> {
-        Err("a VM on the software engine keeps the devices it was started with".into())
+    fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
+        let (DeviceKind::Net { mac }, Some(tap)) = (kind, file) else {
+            return Err("a VM on the software engine keeps the devices it was started with".into());
+        };
+        let count = self.nics.len();
+        let mut spare = (0..).zip(&mut self.nics).filter(|(_, nic)| !nic.connected);
+        let (slot, nic) = spare.next().ok_or_else(|| {
+            format!(
+                "a VM on the software engine has no more network interfaces than it was started for, and this one was started for {count}"
+            )
+        })?;
+        let connected = nic.handle.connect(tap, mac);
+        connected.map_err(|error| chain(&error))?;
+        nic.connected = true;
+        Ok(nic.plugged(slot))
+    }
+
+    fn unplug(&mut self, slot: u32) -> Result<(), String> {
+        let nic = self.nics.get_mut(slot as usize).filter(|nic| nic.connected);
+        let nic = nic.ok_or_else(|| format!("there is no network interface in slot {slot}"))?;
+        nic.handle.disconnect();
+        nic.connected = false;
+        Ok(())
     }
 
     fn end(&mut self) {
@@ -313,6 +398,25 @@ impl Machine for Qemu {
         }
         self.reaped = true;
     }
+}
+
+impl Nic {
+    fn plugged(&self, slot: u32) -> Plugged {
+        Plugged {
+            slot,
+            present: Some(self.mac),
+        }
+    }
+}
+
+/// A listening socket, and its file, which has no name any more: it is reached by way of a descriptor.
+fn listen() -> io::Result<(UnixListener, OwnedFd)> {
+    const NAME: &str = "net.sock";
+    let here = Path::new(".");
+    let listener = packet::listen_at(here, NAME, SockType::Stream)?;
+    let file = open(NAME, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+    std::fs::remove_file(NAME)?;
+    Ok((listener.into(), file?))
 }
 
 impl Drop for Qemu {
@@ -355,9 +459,10 @@ fn take_some(from: &mut impl Read, take: impl FnOnce(&[u8])) -> Took {
     }
 }
 
-fn spawn(spec: &VmSpec, inherited: Inherited) -> io::Result<Child> {
+fn spawn(spec: &VmSpec, inherited: &Inherited) -> io::Result<Child> {
     let parent = Pid::this();
-    let fds = [inherited.fs, inherited.vsock, inherited.console];
+    let mut fds = vec![inherited.fs, inherited.vsock, inherited.console];
+    fds.extend(inherited.nics.iter().map(|nic| nic.socket));
     let mut command = Command::new(&spec.qemu);
     command
         .args(arguments(spec, inherited))
@@ -374,7 +479,7 @@ fn spawn(spec: &VmSpec, inherited: Inherited) -> io::Result<Child> {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             prctl::set_no_new_privs()?;
-            fds.into_iter().try_for_each(inherit)
+            fds.iter().copied().try_for_each(inherit)
         });
     }
     command.spawn()

@@ -17,7 +17,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
-use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_bindings::virtio_ids::{VIRTIO_ID_FS, VIRTIO_ID_NET};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -53,6 +53,8 @@ pub(super) struct Backend {
     epoll: Arc<Epoll>,
     /// The device has given up on this guest until the next reset.
     broken: bool,
+    /// QEMU and the device have agreed on features.
+    agreed: bool,
     running: Arc<AtomicBool>,
     /// The way back to QEMU. Nothing is asked on it, but QEMU wants it before it passes VIRTIO_F_ACCESS_PLATFORM on, and
     /// complains when it is closed.
@@ -80,9 +82,19 @@ impl Backend {
             mappings: Vec::new(),
             epoll,
             broken: false,
+            agreed: false,
             running,
             requests_to_qemu: None,
         })
+    }
+
+    fn is_net(&self) -> bool {
+        self.device.device_type() == VIRTIO_ID_NET
+    }
+
+    /// Whether the next request may be one that comes too early ([`super::early`]).
+    pub(super) fn expects_early(&self) -> bool {
+        self.is_net() && !self.agreed
     }
 
     pub(super) fn epoll(&self) -> &Arc<Epoll> {
@@ -135,6 +147,12 @@ impl Backend {
                 self.broken = true;
             }
         }
+    }
+
+    pub(super) fn enable(&mut self, index: usize, enable: bool) -> Result<()> {
+        let ring = self.rings.get_mut(index);
+        let ring = ring.ok_or(VhostError::InvalidParam)?;
+        ring.set_enabled(enable, &self.memory).map_err(internal)
     }
 
     fn ring(&mut self, index: usize) -> Result<&mut Ring> {
@@ -192,6 +210,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         if of_device & !self.device.features() != 0 {
             return Err(VhostError::InvalidParam);
         }
+        self.agreed = true;
         self.device.set_acked_features(of_device);
         let event_idx = of_device & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         for ring in &mut self.rings {
@@ -290,8 +309,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ;
-        // QEMU keeps the configuration space of its fs device itself, and complains about being offered another.
-        if self.device.device_type() != VIRTIO_ID_FS {
+        // QEMU keeps the configuration space of its fs and net devices itself, and complains about being offered another.
+        if !self.is_net() && self.device.device_type() != VIRTIO_ID_FS {
             features |= VhostUserProtocolFeatures::CONFIG;
         }
         Ok(features)
@@ -310,11 +329,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        let ring = self
-            .rings
-            .get_mut(index as usize)
-            .ok_or(VhostError::InvalidParam)?;
-        ring.set_enabled(enable, &self.memory).map_err(internal)?;
+        self.enable(index as usize, enable)?;
         self.running.store(true, Ordering::Relaxed);
         Ok(())
     }

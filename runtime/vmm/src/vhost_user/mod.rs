@@ -3,10 +3,12 @@
 //! guest memory is; whatever is in guest memory is the guest's word.
 
 mod backend;
+mod early;
 mod ring;
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +19,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use backend::Backend;
+use early::Enable;
 
 /// Epoll keys below are the numbers of queues.
 const SOCKET: u64 = 1 << 32;
@@ -39,6 +42,9 @@ pub(crate) enum ServeError {
         #[source]
         errno: Errno,
     },
+    /// The socket failed.
+    #[error("cannot use QEMU's socket")]
+    Io(#[source] io::Error),
     /// The device asks for a queue that cannot be.
     #[error("cannot make a queue")]
     Queue(#[source] virtio_queue::Error),
@@ -58,6 +64,8 @@ fn system(what: &'static str) -> impl Fn(Errno) -> ServeError {
 pub(crate) struct Service {
     requests: BackendReqHandler<Mutex<Backend>>,
     backend: Arc<Mutex<Backend>>,
+    /// The same socket, for requests that come too early.
+    early: Option<UnixStream>,
     /// Readable when QEMU has ended.
     qemu: OwnedFd,
 }
@@ -82,11 +90,16 @@ impl Service {
         if let Some(fd) = backend.host_fd() {
             watch(fd, HOST)?;
         }
+        let early = match backend.expects_early() {
+            true => Some(socket.try_clone().map_err(ServeError::Io)?),
+            false => None,
+        };
         let backend = Arc::new(Mutex::new(backend));
         let requests = BackendReqHandler::from_stream(socket, Arc::clone(&backend));
         Ok(Self {
             requests,
             backend,
+            early,
             qemu,
         })
     }
@@ -103,6 +116,7 @@ impl Service {
             };
             for event in events.iter().take(ready) {
                 match event.data() {
+                    SOCKET if self.take_early()? => {}
                     SOCKET => match self.requests.handle_request() {
                         Ok(()) => {}
                         Err(error) if is_hang_up(&error) => return self.see_qemu_off(),
@@ -112,6 +126,20 @@ impl Service {
                     queue => self.lock().kicked(queue as usize),
                 }
             }
+        }
+    }
+
+    fn take_early(&self) -> Result<bool, ServeError> {
+        let mut backend = self.lock();
+        let Some(socket) = self.early.as_ref().filter(|_| backend.expects_early()) else {
+            return Ok(false);
+        };
+        match early::take(socket).map_err(ServeError::Io)? {
+            Some(Enable { ring, enable }) => {
+                let enabled = backend.enable(ring, enable);
+                enabled.map(|()| true).map_err(ServeError::Protocol)
+            }
+            None => Ok(false),
         }
     }
 
@@ -128,6 +156,31 @@ impl Service {
             Ok(0) => Err(ServeError::HungUp),
             Ok(_) => Ok(()),
             Err(errno) => Err(system("wait for QEMU to end")(errno)),
+        }
+    }
+}
+
+/// Waits until QEMU connects to `listener`; `None` when it has ended instead.
+pub(crate) fn accept(
+    listener: &UnixListener,
+    qemu: BorrowedFd<'_>,
+) -> Result<Option<UnixStream>, ServeError> {
+    loop {
+        let mut fds = [
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(qemu, PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(system("wait for QEMU's connection")(errno)),
+        }
+        match listener.accept() {
+            Ok((socket, _)) => return Ok(Some(socket)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(ServeError::Io(e)),
+        }
+        if fds[1].any() == Some(true) {
+            return Ok(None);
         }
     }
 }

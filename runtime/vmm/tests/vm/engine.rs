@@ -138,6 +138,7 @@ fn a_directory_with_a_very_long_path_will_do() {
         dir: &long,
         shared: &long.join("shared"),
         attachments: Vec::new(),
+        nics: Vec::new(),
         owner: None,
         log: bench.log.take(),
     })

@@ -152,13 +152,13 @@ fn a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up() {
         read_only: true,
         serial: "data".into(),
     };
-    let slot = control.plug(kind, Some(disk.as_fd())).unwrap();
+    let slot = control.plug(kind, Some(disk.as_fd())).unwrap().slot;
     assert_eq!(slot, 5);
     until_logged(&bench, "found ddd");
     until_logged(&bench, "CPUs are 0-1");
     until_logged(&bench, "gone");
     control.unplug(slot).unwrap();
-    assert_eq!(control.plug(DeviceKind::Rng, None).unwrap(), slot);
+    assert_eq!(control.plug(DeviceKind::Rng, None).unwrap().slot, slot);
     control.kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }
@@ -295,9 +295,8 @@ fn a_file_is_shown_to_the_guest_as_persistent_memory() {
     fs::write(&content, [b'd'; 3 << 20]).unwrap();
     let file = fs::File::open(&content).unwrap();
     let control = bench.control();
-    let slot = control
-        .plug(DeviceKind::Pmem {}, Some(file.as_fd()))
-        .unwrap();
+    let plugged = control.plug(DeviceKind::Pmem {}, Some(file.as_fd()));
+    let slot = plugged.unwrap().slot;
     assert_eq!(slot, 5);
     until_logged(&bench, "found ddd");
     until_logged(&bench, "gone");

@@ -73,6 +73,7 @@ impl Bench {
             max_memory_mib: 128,
             vcpus: 1,
             max_vcpus: 1,
+            spare_nics: 0,
             kernel,
             initramfs,
             cmdline: String::new(),
@@ -101,6 +102,7 @@ impl Bench {
             dir: self.dir.path(),
             shared: &self.dir.path().join("shared"),
             attachments: std::mem::take(&mut self.attachments),
+            nics: Vec::new(),
             owner: self.owner.take(),
             log: self.log.take(),
         })

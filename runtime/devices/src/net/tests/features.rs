@@ -90,7 +90,14 @@ fn a_state_makes_the_same_device_with_the_same_address_alone() {
     let text = serde_json::to_string(&bench.net.state()).unwrap();
     let state: NetState = serde_json::from_str(&text).unwrap();
     // The tap lives on in the other device, as it does when a descriptor is handed on.
-    let tap = bench.net.tap.fd().try_clone_to_owned().unwrap();
+    let tap = bench
+        .net
+        .tap
+        .as_ref()
+        .unwrap()
+        .fd()
+        .try_clone_to_owned()
+        .unwrap();
     let mut other = Net::new(tap, CONFIG).unwrap();
     other.restore(&state).unwrap();
     assert_eq!(other.state(), bench.net.state());
@@ -113,4 +120,50 @@ fn a_state_makes_the_same_device_with_the_same_address_alone() {
     ] {
         bench.net.restore(&wrong).unwrap_err();
     }
+}
+
+#[test]
+fn a_device_without_a_tap_works_once_it_is_connected_and_again_after_it_was_not() {
+    let mut bench = Bench::new();
+    let net = Net::unconnected(CONFIG).unwrap();
+    assert_ne!(net.features() & 1 << VIRTIO_NET_F_CSUM, 0);
+    bench.net = net;
+    bench.net.set_acked_features(bench.net.features());
+    bench.offer(8, 2048);
+    bench.send(PLAIN, &frame(60));
+    assert_eq!(bench.counters().refused, 1);
+    let handle = bench.net.handle();
+    for mac in [MAC, [2, 0, 0, 0, 0, 9]] {
+        let (tap, host) = tap();
+        let state = bench.net.config_generation();
+        handle.connect(tap, mac).unwrap();
+        assert_ne!(bench.net.config_generation(), state);
+        assert!(host.send(&frame(60)));
+        assert_eq!(bench.received(), [72]);
+        // The guest is known by the address that came with the tap.
+        let mut sent = frame(60);
+        sent[6..12].copy_from_slice(&mac);
+        bench.send(PLAIN, &sent);
+        assert_eq!(host.receive().unwrap(), sent);
+        handle.disconnect();
+        bench.settle();
+        assert!(!bench.net.is_connected());
+        bench.send(PLAIN, &sent);
+        assert_eq!(host.receive(), None);
+    }
+}
+
+#[test]
+fn a_handle_refuses_what_a_device_cannot_be_connected_to() {
+    let mut bench = Bench::new();
+    let handle = bench.net.handle();
+    let (other, _host) = tap();
+    assert!(matches!(handle.connect(other, [1; 6]), Err(NetError::Mac)));
+    let file = tempfile::tempfile().unwrap();
+    assert!(matches!(
+        handle.connect(file.into(), MAC),
+        Err(NetError::Unsuitable)
+    ));
+    bench.settle();
+    assert!(bench.net.is_connected(), "it keeps what it had");
 }
