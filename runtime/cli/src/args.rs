@@ -7,7 +7,7 @@ use cloison_image::Reference;
 use cloison_sandbox::{Home, Name};
 use cloison_vmm::EngineChoice;
 
-use crate::network::NetworkArg;
+use crate::network::NetworkOptions;
 use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume, signal};
 
 /// Runs each container in its own lightweight virtual machine.
@@ -71,6 +71,9 @@ pub enum Verb {
     Inspect(Containers),
     /// Remove every container that does not run, and whatever a crash left behind
     Prune(Prune),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkVerb),
     /// Say what this host can do, and what it lacks
     Doctor,
     /// Print a completion script for a shell
@@ -78,6 +81,52 @@ pub enum Verb {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NetworkVerb {
+    /// Create a network
+    Create(NetworkCreate),
+    /// List networks
+    #[command(alias = "list")]
+    Ls(NetworkLs),
+    /// Show all that is known of networks, as JSON
+    Inspect(NetworkNames),
+    /// Remove networks that no container is on
+    #[command(alias = "remove")]
+    Rm(NetworkNames),
+}
+
+#[derive(Debug, Args)]
+pub struct NetworkCreate {
+    /// Subnet of the network; one of IPv4 and one of IPv6 can be given [default: one that is free]
+    #[arg(long, value_name = "CIDR", value_parser = cloison_net::parse_subnet)]
+    pub subnet: Vec<cloison_net::IpNet>,
+    /// Give the network IPv6 [default: if the host has a default IPv6 route]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub ipv6: Option<bool>,
+    /// Most bytes in a packet [default: what the host's default route allows]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u32>,
+    /// Name of the network
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct NetworkLs {
+    /// Only names
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// A table, or an object a line
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+}
+
+#[derive(Debug, Args)]
+pub struct NetworkNames {
+    /// Networks, by name
+    #[arg(required = true)]
+    pub networks: Vec<String>,
 }
 
 /// What both `run` and `exec` take.
@@ -137,9 +186,8 @@ pub struct Run {
     /// Host name of the container
     #[arg(short = 'h', long, value_name = "NAME")]
     pub hostname: Option<String>,
-    /// none, or ns:PATH for the interfaces of a network namespace
-    #[arg(long, alias = "net", value_name = "NETWORK", default_value = "none")]
-    pub network: NetworkArg,
+    #[command(flatten)]
+    pub network: NetworkOptions,
     /// Add a capability, or ALL
     #[arg(long, value_name = "CAPABILITY", value_delimiter = ',')]
     pub cap_add: Vec<String>,

@@ -17,6 +17,8 @@ use anyhow::{Context, Result, bail};
 use cloison_sandbox::{Home, Id, Name, Sandbox};
 use oci_spec::runtime::Spec;
 
+use crate::network;
+
 pub use find::{all, find};
 pub use lock::MonitorLock;
 pub use record::{Record, State, now};
@@ -123,6 +125,11 @@ impl Container {
         &self.id
     }
 
+    /// Where cloison keeps what it knows.
+    pub fn home(&self) -> &Home {
+        &self.home
+    }
+
     /// The sandbox it runs in.
     pub fn sandbox(&self) -> Sandbox {
         Sandbox::open(&self.home, &self.id)
@@ -226,6 +233,7 @@ impl Container {
     pub fn erase(&self) -> Result<()> {
         // The VM first, since it uses the rest; the sandbox's directory last, since it is what the rest is found by.
         self.sandbox().kill()?;
+        network::detach(&self.home, &self.id)?;
         cloison_image::remove_tree(&self.data_dir()).with_context(|| {
             format!(
                 "cannot remove the container's writable layer and log in {}",

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cloison_net::Namespace;
 use cloison_sandbox::{Agent, AgentError, ExitStatus, Network, Running, Streams, Wiring};
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{ControlClient, EndReason, VmSpec, monotonic};
@@ -15,6 +14,7 @@ use oci_spec::runtime::Spec;
 use crate::attached::{Attached, Outcome};
 use crate::container::{Container, MonitorLock, Record, State, now};
 use crate::exit::{self, Failed};
+use crate::network::{self, Source};
 use crate::profile::Profile;
 use crate::signals::Signals;
 use crate::terminal;
@@ -40,7 +40,7 @@ pub struct Monitor {
     /// What is left of choosing the engine.
     pub probed: Option<Probed>,
     /// Where the guest's interfaces come from.
-    pub namespace: Option<Namespace>,
+    pub source: Source,
 }
 
 /// Whom the monitor speaks to of a VM that runs.
@@ -102,12 +102,8 @@ impl Monitor {
         let mut signals = Signals::catch()?;
         let streams = std::mem::take(&mut self.streams);
         let sandbox = self.container.sandbox();
-        let (mut network, mut nics) = (None, Vec::new());
-        if let Some(namespace) = self.namespace.take() {
-            let mut there = Network::new(&namespace).context(NO_NETWORK)?;
-            nics = there.early().await.context(NO_NETWORK)?;
-            network = Some(there);
-        }
+        let source = std::mem::replace(&mut self.source, Source::None);
+        let (network, nics) = source.early().await.context(NO_NETWORK)?;
         let (mut vm, wiring) = sandbox
             .launch(self.vm.clone(), streams, nics)
             .context("cannot start the container's VM")?;
@@ -121,7 +117,7 @@ impl Monitor {
         };
 
         let lived = tokio::select! {
-            lived = self.drive(&guest, wiring, network, &mut signals, started) => lived,
+            lived = self.drive(&guest, wiring, network, source, &mut signals, started) => lived,
             ended = vm.ended() => {
                 let end = ended.context("the container's VM is gone")?;
                 return Err(anyhow::Error::from(cloison_sandbox::Error::from(end)).into());
@@ -165,6 +161,7 @@ impl Monitor {
         guest: &Guest,
         wiring: Wiring,
         mut network: Option<Network>,
+        source: Source,
         signals: &mut Signals,
         started: impl FnOnce(&Container) -> Result<()>,
     ) -> Result<Outcome> {
@@ -177,9 +174,16 @@ impl Monitor {
             control,
             pid,
         } = guest;
-        let network = &mut network;
+        let mut held = None;
         let start = async {
-            let guest = agent.hello().await?;
+            // The guest boots while its network is made.
+            let connected = async { source.connect(control).await.context(NO_NETWORK) };
+            let hello = async { agent.hello().await.map_err(anyhow::Error::from) };
+            let (guest, connected) = tokio::try_join!(hello, connected)?;
+            if let Some((made, hold)) = connected {
+                network = Some(made);
+                held = Some(hold);
+            }
             tracing::debug!(
                 kernel = guest.kernel,
                 agent = guest.agent,
@@ -193,8 +197,8 @@ impl Monitor {
                 created.map_err(anyhow::Error::from)
             };
             let settled = async {
-                if let Some(network) = network {
-                    network.settle(agent, control).await?;
+                if let Some(network) = &mut network {
+                    network.settle(agent, control).await.context(NO_NETWORK)?;
                 }
                 Ok(())
             };
@@ -233,11 +237,13 @@ impl Monitor {
             exec_id: "",
             terminal,
         };
-        tokio::select! {
+        let lived = tokio::select! {
             biased;
             ended = attached.wait(wiring, signals) => ended,
             never = follow(network.as_mut(), guest) => match never {},
-        }
+        };
+        drop(held);
+        lived
     }
 
     /// Writes down how it ended, or removes what was to be removed.
@@ -249,6 +255,7 @@ impl Monitor {
         if self.record.auto_remove || started.is_none() {
             return self.container.erase();
         }
+        network::detach(self.container.home(), self.container.id())?;
         self.record.state = State::Exited {
             started,
             finished: now(),

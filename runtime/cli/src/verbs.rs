@@ -5,6 +5,7 @@ mod doctor;
 mod exec;
 mod inspect;
 mod logs;
+mod network;
 mod ps;
 mod remove;
 mod run;
@@ -60,6 +61,7 @@ pub fn main(began: u64) -> ExitCode {
         Verb::Prune(prune) => general(remove::prune(&home, &prune)),
         Verb::Logs(logs) => general(logs::logs(&home, &logs)),
         Verb::Inspect(inspect) => general(inspect::inspect(&home, &inspect)),
+        Verb::Network(verb) => general(network::network(&home, &verb)),
         Verb::Doctor => general(doctor::doctor(global, &home)),
         Verb::Completion { shell } => general(completion::completion(shell)),
     };

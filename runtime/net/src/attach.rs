@@ -16,8 +16,8 @@ use crate::networks::{find, if_missing, plan};
 use crate::sandbox::Record;
 use crate::store::State;
 use crate::{
-    Attached, Attachment, Error, Mac, Namespace, Network, NetworkSpec, Networks, Reservation,
-    Result, nft, ports, sysctl,
+    Attached, Attachment, Error, Lease, Mac, Namespace, Network, NetworkSpec, Networks,
+    Reservation, Result, nft, ports, sysctl,
 };
 
 /// How the sandbox's interface is called inside.
@@ -29,35 +29,70 @@ const MAX_ID: usize = 128;
 pub(crate) type Between<'a> = &'a mut (dyn FnMut() -> Result<()> + Send);
 
 impl Networks {
-    /// Puts a sandbox on a network. When it fails, nothing is left of it.
+    /// Leases a sandbox its addresses and ports on a network, the first of the two steps of putting it there: whatever it asks for and
+    /// cannot have is an error here. When it fails, nothing is left of it; otherwise [`Networks::detach`] ends the lease.
     ///
     /// # Errors
-    /// [`Error`] of what `wanted` asks for and cannot have, and of what the host refuses.
-    pub async fn attach(&self, wanted: &Attachment) -> Result<Attached> {
-        match self.attach_until(wanted, &mut || Ok(())).await {
-            // The one that exists is not this one.
-            Err(error @ Error::SandboxExists(_)) => Err(error),
-            Err(error) => {
-                if let Err(another) = self.detach(&wanted.id).await {
-                    tracing::warn!("cannot clean up after a failure: {another}");
-                }
-                Err(error)
-            }
-            attached => attached,
-        }
-    }
-
-    pub(crate) async fn attach_until(
-        &self,
-        wanted: &Attachment,
-        between: Between<'_>,
-    ) -> Result<Attached> {
+    /// [`Error`] of what `wanted` asks for and cannot have.
+    pub async fn lease(&self, wanted: &Attachment) -> Result<Lease> {
         let mut names = Names::new();
         if let Some(egress) = &wanted.egress {
             egress.resolve(&mut names).await?;
         }
         let (record, network, reservation) = self.write_down(wanted, names).await?;
+        Ok(Lease {
+            id: wanted.id.clone(),
+            addresses: record.addresses(),
+            names: record.names.clone(),
+            network,
+            reservation,
+            record,
+        })
+    }
+
+    /// Connects a sandbox to the network it has a lease on. When it fails, nothing is left of it, the lease included.
+    ///
+    /// # Errors
+    /// [`Error`] of what the host refuses.
+    pub async fn connect(&self, lease: Lease) -> Result<Attached> {
+        let id = lease.id.clone();
+        let connected = self.connect_until(lease, &mut || Ok(())).await;
+        if connected.is_err()
+            && let Err(another) = self.detach(&id).await
+        {
+            tracing::warn!("cannot clean up after a failure: {another}");
+        }
+        connected
+    }
+
+    /// Puts a sandbox on a network: [`Networks::lease`] and [`Networks::connect`].
+    ///
+    /// # Errors
+    /// Theirs.
+    pub async fn attach(&self, wanted: &Attachment) -> Result<Attached> {
+        self.connect(self.lease(wanted).await?).await
+    }
+
+    #[cfg(test)]
+    pub(crate) async fn attach_until(
+        &self,
+        wanted: &Attachment,
+        between: Between<'_>,
+    ) -> Result<Attached> {
+        let lease = self.lease(wanted).await?;
         between()?;
+        self.connect_until(lease, between).await
+    }
+
+    async fn connect_until(&self, lease: Lease, between: Between<'_>) -> Result<Attached> {
+        let Lease {
+            id,
+            addresses,
+            names,
+            network,
+            reservation,
+            record,
+        } = lease;
         let netlink = Netlink::connect(&self.host)?;
         self.make_bridge(&netlink, &network).await?;
         between()?;
@@ -67,7 +102,7 @@ impl Networks {
         };
         between()?;
         // Before there is anybody whom they are about.
-        let rules = nft::add_network(&network) + &nft::add_sandbox(&wanted.id, &record, &network);
+        let rules = nft::add_network(&network) + &nft::add_sandbox(&id, &record, &network);
         nft::change(&self.host, rules).await?;
         between()?;
         self.lay_cable(&netlink, &namespace, &record, &network)
@@ -77,8 +112,8 @@ impl Networks {
         Ok(Attached {
             namespace,
             reservation,
-            addresses: record.addresses(),
-            names: record.names,
+            addresses,
+            names,
             network,
         })
     }

@@ -45,15 +45,20 @@ pub struct Publication {
 
 /// One published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mapping {
-    pub(crate) address: Option<IpAddr>,
-    pub(crate) host: u16,
-    pub(crate) container: u16,
-    pub(crate) protocol: Protocol,
+pub struct Mapping {
+    /// The host's address; `None` for all.
+    pub address: Option<IpAddr>,
+    /// The host's port.
+    pub host: u16,
+    /// The container's port.
+    pub container: u16,
+    /// Their protocol.
+    pub protocol: Protocol,
 }
 
 impl Publication {
-    pub(crate) fn mappings(&self) -> impl Iterator<Item = Mapping> + '_ {
+    /// Its ports, one by one.
+    pub fn mappings(&self) -> impl Iterator<Item = Mapping> + '_ {
         (0..self.count).map(|offset| Mapping {
             address: self.address,
             host: self.host + offset,

@@ -29,6 +29,20 @@ pub struct Attachment {
     pub egress: Option<Egress>,
 }
 
+/// What a sandbox has been promised on a network, and is not connected to yet.
+#[derive(Debug)]
+pub struct Lease {
+    pub(crate) id: String,
+    /// Its addresses.
+    pub addresses: Addresses,
+    /// The addresses of the names in its egress policy.
+    pub names: Names,
+    /// The network.
+    pub network: Network,
+    pub(crate) reservation: Reservation,
+    pub(crate) record: Record,
+}
+
 /// A sandbox on a network.
 #[derive(Debug)]
 pub struct Attached {

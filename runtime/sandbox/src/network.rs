@@ -15,14 +15,16 @@ use crate::{Agent, Error};
 
 /// The interfaces of a namespace, on their way to a guest or there.
 ///
-/// The order is: [`Network::early`], the VM's launch, [`Network::settle`] when the agent answers, and then, as long as the
-/// VM runs, [`Network::follow`].
+/// The order is: [`Network::early`], or not; the VM's launch; [`Network::plug`] while the guest boots, or not; [`Network::settle`] when the
+/// agent answers; and then, as long as the VM runs, [`Network::follow`].
 pub struct Network {
     adopter: Adopter,
     /// By their indices on the host.
     interfaces: BTreeMap<u32, Interface>,
-    /// Those that were given to the VM at its launch, in that order, until they have been configured.
+    /// Those that were given to the VM at its launch, in that order, until it has said where they are.
     early: Vec<GuestInterface>,
+    /// Those that the VM has, and of which the agent has not been told.
+    plugged: Vec<(GuestInterface, Plugged)>,
 }
 
 /// An interface that the guest has.
@@ -43,6 +45,7 @@ impl Network {
             adopter: Adopter::new(namespace)?,
             interfaces: BTreeMap::new(),
             early: Vec::new(),
+            plugged: Vec::new(),
         })
     }
 
@@ -67,6 +70,38 @@ impl Network {
         Ok(nics)
     }
 
+    /// Gives a VM that has been launched the interfaces that are there, whether or not its guest is up; [`Network::settle`] does the
+    /// rest.
+    ///
+    /// # Errors
+    /// When there is one that the guest cannot have.
+    pub async fn plug(&mut self, vm: &ControlClient) -> Result<(), Error> {
+        for change in self.adopter.changes().await? {
+            match change {
+                Change::Arrived(adopted) => {
+                    let place = plug(vm, &adopted)?;
+                    self.plugged.push((adopted.interface, place));
+                }
+                Change::Refused { name, error } => return Err(refused(name, error)),
+                // What changes before the agent has been told of it is told as it is then.
+                Change::Changed(interface) => {
+                    let mut plugged = self.plugged.iter_mut().map(|(known, _)| known);
+                    let known = plugged.find(|known| known.index == interface.index);
+                    if let Some(known) = known {
+                        *known = interface;
+                    }
+                }
+                Change::Gone(index) => {
+                    let at = self.plugged.iter().position(|(i, _)| i.index == index);
+                    if let Some((interface, place)) = at.map(|at| self.plugged.remove(at)) {
+                        unplug(vm, place).map_err(in_interface(&interface.name))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the guest all interfaces there are by now. When it returns, they can be used. May be called again.
     ///
     /// # Errors
@@ -76,9 +111,11 @@ impl Network {
             let status = vm
                 .status()
                 .map_err(control("ask for its network devices"))?;
-            for (interface, place) in std::mem::take(&mut self.early).iter().zip(status.nics) {
-                self.add(agent, interface, place).await?;
-            }
+            self.plugged
+                .extend(std::mem::take(&mut self.early).into_iter().zip(status.nics));
+        }
+        for (interface, place) in std::mem::take(&mut self.plugged) {
+            self.add(agent, &interface, place).await?;
         }
         for change in self.adopter.changes().await? {
             self.apply(agent, vm, change).await?;
@@ -107,13 +144,9 @@ impl Network {
         change: Change,
     ) -> Result<(), Error> {
         match change {
-            Change::Arrived(Adopted { interface, tap }) => {
-                let mac = interface.mac.bytes();
-                let plugged = vm.plug(DeviceKind::Net { mac }, Some(tap.as_fd()));
-                let place = plugged
-                    .map_err(control("plug a network device"))
-                    .map_err(in_interface(&interface.name))?;
-                self.add(agent, &interface, place).await
+            Change::Arrived(adopted) => {
+                let place = plug(vm, &adopted)?;
+                self.add(agent, &adopted.interface, place).await
             }
             Change::Changed(interface) => {
                 let Some(known) = self.interfaces.get_mut(&interface.index) else {
@@ -162,14 +195,27 @@ impl Network {
     }
 }
 
+fn plug(vm: &ControlClient, adopted: &Adopted) -> Result<Plugged, Error> {
+    let Adopted { interface, tap } = adopted;
+    let mac = interface.mac.bytes();
+    let plugged = vm.plug(DeviceKind::Net { mac }, Some(tap.as_fd()));
+    plugged
+        .map_err(control("plug a network device"))
+        .map_err(in_interface(&interface.name))
+}
+
+fn unplug(vm: &ControlClient, place: Plugged) -> Result<(), Error> {
+    vm.unplug(place.slot)
+        .map_err(control("unplug a network device"))
+}
+
 async fn remove(agent: &Agent, vm: &ControlClient, interface: Interface) -> Result<(), Error> {
     let removed = async {
         agent.remove_interface(interface.device).await?;
         if interface.place.present.is_none() {
             agent.release_device(interface.place.slot).await?;
         }
-        vm.unplug(interface.place.slot)
-            .map_err(control("unplug a network device"))
+        unplug(vm, interface.place)
     };
     removed.await.map_err(in_interface(&interface.name))
 }

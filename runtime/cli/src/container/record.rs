@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use crate::network::NetworkRecord;
 use crate::values::Volume;
 
 /// Layout of the record; another number is another release's.
@@ -50,6 +51,9 @@ pub struct Record {
     pub vcpus: u8,
     /// Bind mounts.
     pub volumes: Vec<Volume>,
+    /// Its network.
+    #[serde(default)]
+    pub network: NetworkRecord,
     /// Whether it goes when it stops.
     pub auto_remove: bool,
     /// Whether its process has a terminal.
@@ -107,6 +111,7 @@ impl Record {
             vm_memory_mib: 0,
             vcpus: 1,
             volumes: Vec::new(),
+            network: NetworkRecord::none(),
             auto_remove: false,
             tty: false,
             stop_signal: nix::libc::SIGTERM,

@@ -81,6 +81,7 @@ fn object(container: &Container) -> Result<Value> {
         "ImageReference": record.image,
         "Engine": { "Name": record.engine, "Reason": record.engine_reason },
         "VM": { "MemoryMiB": record.vm_memory_mib, "VCPUs": record.vcpus },
+        "NetworkSettings": record.network.settings(),
         "Mounts": mounts,
         "LogPath": container.log_file(),
         "AutoRemove": record.auto_remove,

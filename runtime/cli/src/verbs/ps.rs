@@ -71,6 +71,7 @@ fn as_table(rows: &[(Life, Record)], args: &Ps) -> Table {
         "COMMAND",
         "CREATED",
         "STATUS",
+        "PORTS",
         "ENGINE",
         "NAMES",
     ]);
@@ -81,6 +82,7 @@ fn as_table(rows: &[(Life, Record)], args: &Ps) -> Table {
             command(record, args),
             format!("{} ago", age(now() - record.created)),
             status(life, record),
+            ports(life, record),
             engine(record),
             record.name.to_string(),
         ]);
@@ -99,9 +101,19 @@ fn as_json(life: &Life, record: &Record, args: &Ps) -> serde_json::Value {
         "CreatedAt": record.created.to_string(),
         "Status": status(life, record),
         "State": state(life),
+        "Ports": ports(life, record),
+        "Networks": record.network.name,
         "Engine": engine(record),
         "Names": record.name,
     })
+}
+
+/// Ports lead to what runs.
+fn ports(life: &Life, record: &Record) -> String {
+    match life {
+        Life::Running => record.network.ports(),
+        _ => String::new(),
+    }
 }
 
 fn engine(record: &Record) -> String {

@@ -9,6 +9,7 @@ use cloison_sandbox::Home;
 
 use crate::args::{Prune, Rm};
 use crate::container::{Life, SANDBOX_LINK, all};
+use crate::network;
 use crate::verbs::{each, print};
 
 /// Removes each container.
@@ -45,6 +46,7 @@ pub fn prune(home: &Home, args: &Prune) -> Result<()> {
         }
     }
     failed.extend(prune_orphans(home).err());
+    failed.extend(network::prune(home).err());
     failed.extend(Store::open(home.data()).err().map(anyhow::Error::from));
     let Some(last) = failed.pop() else {
         return Ok(());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cloison_image::{Image, Progress, Root, RootFs, Store};
-use cloison_net::Namespace;
+use cloison_net::files::check_hostname;
 use cloison_sandbox::{Home, Id, Name, Shared, Streams, enter_private_namespace};
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
@@ -17,6 +17,7 @@ use crate::attached::foreground_streams;
 use crate::container::{Container, Record};
 use crate::exit::Failed;
 use crate::monitor::Monitor;
+use crate::network::{Etc, Source};
 use crate::profile::Profile;
 use crate::spec::{
     Capabilities, ContainerPlan, ProcessPlan, SecurityOptions, command, environment, user_of,
@@ -41,7 +42,6 @@ struct Prepared {
     capabilities: Capabilities,
     security: SecurityOptions,
     probed: Option<Probed>,
-    namespace: Option<Namespace>,
 }
 
 /// Runs a container; the status is its own.
@@ -94,7 +94,11 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
             );
         }
     }
+    args.network.check()?;
     let capabilities = Capabilities::choose(&args.cap_add, &args.cap_drop)?;
+    if let Some(hostname) = &args.hostname {
+        check_hostname(hostname)?;
+    }
     let security = SecurityOptions::read(&args.security_opt, &capabilities.names())?;
     let vm_memory = vm_memory_mib(args.memory)?;
     let Chosen {
@@ -105,7 +109,6 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     if matches!(args.engine.into(), EngineChoice::Auto) && engine == Engine::Software {
         eprintln!("cloison: {reason}");
     }
-    let namespace = args.network.namespace()?;
     let id = Id::random().context("cannot make an ID")?;
     let vcpus = args.cpus.map_or(1, |cpus| cpus.0.div_ceil(1000));
     let vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX);
@@ -116,8 +119,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         max_memory_mib: vm_memory,
         vcpus,
         max_vcpus: vcpus,
-        // For an interface that comes later.
-        spare_nics: namespace.is_some().into(),
+        spare_nics: 0,
         kernel: parts::kernel(global)?,
         initramfs: parts::initramfs(global)?,
         cmdline: String::new(),
@@ -159,7 +161,6 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         capabilities,
         security,
         probed,
-        namespace,
     })
 }
 
@@ -189,10 +190,20 @@ fn progress(progress: Progress) {
 }
 
 /// Makes the container on disk, and all of its mounts. What it has made when it fails is gone again.
-fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result<Monitor> {
+fn make(home: &Home, args: &Run, mut prepared: Prepared, streams: Streams) -> Result<Monitor> {
     let (container, lock) = Container::create(home, &prepared.record)?;
-    let spec = match furnish(&container, args, &prepared) {
-        Ok(spec) => spec,
+    let mut furnished = || {
+        let dir = container.sandbox().dir().to_owned();
+        let source = Source::prepare(home, container.id(), &dir, &args.network)
+            .context("cannot connect the container to its network")?;
+        prepared.record.network = source.record(&args.network);
+        prepared.vm.spare_nics = source.later();
+        let spec = furnish(&container, args, &prepared, &source)?;
+        container.save(&prepared.record)?;
+        Ok((source, spec))
+    };
+    let (source, spec) = match furnished() {
+        Ok(furnished) => furnished,
         Err(error) => {
             // The first error is the one to tell.
             let _ = container.erase();
@@ -208,7 +219,7 @@ fn make(home: &Home, args: &Run, prepared: Prepared, streams: Streams) -> Result
         streams,
         profile: None,
         probed: prepared.probed,
-        namespace: prepared.namespace,
+        source,
     })
 }
 
@@ -219,7 +230,12 @@ fn write_cidfile(file: &Path, id: &Id) -> Result<()> {
 }
 
 /// Mounts the root file system and the volumes where the guest will see them, and writes the spec.
-fn furnish(container: &Container, args: &Run, prepared: &Prepared) -> Result<Spec> {
+fn furnish(
+    container: &Container,
+    args: &Run,
+    prepared: &Prepared,
+    source: &Source,
+) -> Result<Spec> {
     let mut shared = container.sandbox().share(container.id())?;
     let rootfs = shared.rootfs_on_host();
     let (upper, work) = (
@@ -232,7 +248,19 @@ fn furnish(container: &Container, args: &Run, prepared: &Prepared) -> Result<Spe
     }
     // The mount goes with the mount namespace that only this container's processes are in.
     let _ = RootFs::mount(&prepared.image, &upper, &work, &rootfs, false)?;
-    let binds = volumes(&mut shared, args)?;
+    let hostname = args
+        .hostname
+        .clone()
+        .unwrap_or_else(|| container.id().short().to_owned());
+    let etc = Etc::write(container.sandbox().dir(), &hostname, &args.network, source)?;
+    let mut binds = Vec::new();
+    for (file, destination) in etc.files() {
+        // A volume in its place is what the person wants.
+        if args.volume.iter().all(|v| v.destination != destination) {
+            binds.push((shared.add_mount(&file, false)?, destination, false));
+        }
+    }
+    binds.extend(volumes(&mut shared, args)?);
 
     let config = &prepared.image.config;
     let user = user_of(
@@ -246,10 +274,6 @@ fn furnish(container: &Container, args: &Run, prepared: &Prepared) -> Result<Spe
         .or(config.working_dir.as_deref());
     let workdir = workdir.filter(|dir| !dir.is_empty()).unwrap_or("/");
     make_workdir(&rootfs, workdir)?;
-    let hostname = args
-        .hostname
-        .clone()
-        .unwrap_or_else(|| container.id().short().to_owned());
     let mut base = config.env.clone();
     base.push(format!("HOSTNAME={hostname}"));
     let process = ProcessPlan {

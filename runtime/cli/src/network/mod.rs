@@ -1,0 +1,168 @@
+//! A container's network on the host: what it is promised before its VM is launched, how it gets that while its guest boots, and how all
+//! of it goes again.
+
+mod etc;
+mod options;
+mod record;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cloison_net::{Attachment, Lease, Namespace, Networks, Reservation};
+use cloison_sandbox::{Home, Id, Network};
+use cloison_vmm::{ControlClient, Nic};
+
+pub use etc::Etc;
+pub use options::{NetworkArg, NetworkOptions};
+pub use record::NetworkRecord;
+
+use crate::verbs::runtime;
+
+/// How many interfaces can come to a prepared namespace after the launch, on an engine that must know.
+const LATER: u8 = 1;
+
+/// The networks of the host this process is on.
+///
+/// # Errors
+/// When `/proc` is not there.
+pub fn networks(home: &Home) -> Result<Networks> {
+    Ok(Networks::new(
+        Namespace::current()?,
+        home.run(),
+        home.data(),
+    ))
+}
+
+/// Where a container's interfaces come from.
+pub enum Source {
+    /// There are none.
+    None,
+    /// A namespace that somebody prepared.
+    Namespace(Namespace),
+    /// One of cloison's networks.
+    Leased(Networks, Box<Lease>),
+}
+
+/// What must be held as long as the container is on its network.
+pub struct Held {
+    _namespace: Namespace,
+    _reservation: Reservation,
+}
+
+impl Source {
+    /// Finds out whether the container can have the network it asks for, and leases what it needs there. A lease ends by
+    /// [`detach`].
+    ///
+    /// # Errors
+    /// When it cannot, before anything is made for it.
+    pub fn prepare(home: &Home, id: &Id, sandbox: &Path, options: &NetworkOptions) -> Result<Self> {
+        match &options.network {
+            NetworkArg::None | NetworkArg::Host => Ok(Self::None),
+            NetworkArg::Namespace(path) => Ok(Self::Namespace(Namespace::open(path)?)),
+            NetworkArg::Named(name) => {
+                let networks = networks(home)?;
+                let wanted = Attachment {
+                    id: id.to_string(),
+                    home: sandbox.to_owned(),
+                    network: name.clone(),
+                    namespace: None,
+                    address: options.ip,
+                    mac: options.mac_address,
+                    publish: options.publish.clone(),
+                    egress: options.egress.clone(),
+                };
+                let lease = runtime()?.block_on(networks.lease(&wanted))?;
+                Ok(Self::Leased(networks, Box::new(lease)))
+            }
+        }
+    }
+
+    /// What is written down of it.
+    pub fn record(&self, options: &NetworkOptions) -> NetworkRecord {
+        match self {
+            Self::None => NetworkRecord::none(),
+            Self::Namespace(_) => match &options.network {
+                NetworkArg::Namespace(path) => NetworkRecord::namespace(path),
+                _ => NetworkRecord::none(),
+            },
+            Self::Leased(_, lease) => NetworkRecord::leased(lease, options),
+        }
+    }
+
+    /// Network devices that the VM is to have for interfaces that are not there at its launch.
+    pub fn later(&self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::Namespace(_) => LATER,
+            Self::Leased(..) => 1,
+        }
+    }
+
+    /// The interfaces that are there before the launch.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered, or holds what a guest cannot have.
+    pub async fn early(&self) -> Result<(Option<Network>, Vec<Nic>)> {
+        let Self::Namespace(namespace) = self else {
+            return Ok((None, Vec::new()));
+        };
+        let mut network = Network::new(namespace)?;
+        let nics = network.early().await?;
+        Ok((Some(network), nics))
+    }
+
+    /// Makes what was promised, and gives it to the VM that has been launched.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub async fn connect(self, vm: &ControlClient) -> Result<Option<(Network, Held)>> {
+        let Self::Leased(networks, lease) = self else {
+            return Ok(None);
+        };
+        let attached = networks.connect(*lease).await?;
+        let mut network = Network::new(&attached.namespace)?;
+        network.plug(vm).await?;
+        let held = Held {
+            _namespace: attached.namespace,
+            _reservation: attached.reservation,
+        };
+        Ok(Some((network, held)))
+    }
+}
+
+/// Takes a container off its network, whatever state that is in. It is no error when it is on none.
+///
+/// # Errors
+/// When something of it cannot be removed; it can be tried again.
+pub fn detach(home: &Home, id: &Id) -> Result<()> {
+    on_a_runtime(|| async {
+        let detached = networks(home)?.detach(id.as_str()).await;
+        detached.with_context(|| format!("cannot take container {} off its network", id.short()))
+    })
+}
+
+/// Takes every container off its network that is gone.
+///
+/// # Errors
+/// As for [`detach`].
+pub fn prune(home: &Home) -> Result<()> {
+    on_a_runtime(|| async {
+        let pruned = networks(home)?.prune().await;
+        pruned
+            .map(drop)
+            .context("cannot take containers that are gone off their networks")
+    })
+}
+
+/// Runs what is asynchronous to its end for a caller that is not, or whose own runtime waits for it.
+fn on_a_runtime<F: Future<Output = Result<()>>>(work: impl FnOnce() -> F + Send) -> Result<()> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("network".into())
+            .spawn_scoped(scope, || runtime()?.block_on(work()))
+            .context("cannot start a thread")?;
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
