@@ -7,7 +7,6 @@ mod request;
 
 use std::fs::File;
 use std::io::Seek;
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileTypeExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -16,17 +15,15 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::GuestMemoryMmap;
 
-use crate::again::Again;
+use crate::chains::Chain;
+use crate::requests::{Common, Requests};
 use crate::segments::MAX_DESCRIPTORS;
-use crate::{Broken, Context, Device, QueueMask, chains, config};
+use crate::{Device, config};
 use request::{MAX_RANGE_SECTORS, MAX_RANGES};
 
-const NAME: &str = "blk";
-const QUEUE: usize = 0;
 const QUEUE_SIZE: u16 = 128;
 /// Most requests carried out in one call.
 const BATCH: usize = 16;
@@ -98,8 +95,7 @@ pub struct Blk {
     sectors: u64,
     /// The disk's name, filled up with NULs.
     id: [u8; ID_LENGTH],
-    acked_features: u64,
-    again: Again,
+    common: Common,
 }
 
 impl Blk {
@@ -148,8 +144,7 @@ impl Blk {
             read_only,
             sectors: length / SECTOR,
             id: padded,
-            acked_features: 0,
-            again: Again::new().map_err(|e| setup("creating an eventfd")(e.into()))?,
+            common: Common::new().map_err(|e| setup("creating an eventfd")(e.into()))?,
         })
     }
 
@@ -157,7 +152,7 @@ impl Blk {
     pub fn state(&self) -> BlkState {
         BlkState {
             version: STATE_VERSION,
-            acked_features: self.acked_features,
+            acked_features: self.common.acked_features,
             sectors: self.sectors,
             read_only: self.read_only,
         }
@@ -176,31 +171,27 @@ impl Blk {
             let (saved, present) = (state.sectors, self.sectors);
             return Err(BlkError::StateDisk { saved, present });
         }
-        self.acked_features = state.acked_features & self.features();
+        self.set_acked_features(state.acked_features);
         Ok(())
-    }
-
-    fn drain(&self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        chains::serve(NAME, ctx, QUEUE, BATCH, &self.again, |memory, chain| {
-            self.handle(memory, chain)
-        })
     }
 }
 
-impl Device for Blk {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_BLOCK
+impl Requests for Blk {
+    const NAME: &'static str = "blk";
+    const ID: u32 = VIRTIO_ID_BLOCK;
+    const QUEUE_SIZES: &'static [u16] = &[QUEUE_SIZE];
+    const BATCH: usize = BATCH;
+
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
-    fn features(&self) -> u64 {
-        let always = 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_BLK_F_SIZE_MAX
+    fn own_features(&self) -> u64 {
+        let always = 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH;
@@ -212,54 +203,30 @@ impl Device for Blk {
             }
     }
 
-    fn set_acked_features(&mut self, features: u64) {
-        self.acked_features = features & self.features();
-    }
-
     /// `struct virtio_blk_config` (§5.2.4). What belongs to features that are not offered is zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; 60];
-        config[0..8].copy_from_slice(&self.sectors.to_le_bytes());
-        config[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
-        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+    fn config(&self, offset: u64, data: &mut [u8]) {
+        let mut bytes = [0; 60];
+        bytes[0..8].copy_from_slice(&self.sectors.to_le_bytes());
+        bytes[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
+        bytes[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+        bytes[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
         if !self.read_only {
             let ranges = (MAX_RANGES as u32).to_le_bytes();
             let sectors = MAX_RANGE_SECTORS.to_le_bytes();
             // max_discard_sectors, max_discard_seg, discard_sector_alignment.
-            config[36..40].copy_from_slice(&sectors);
-            config[40..44].copy_from_slice(&ranges);
-            config[44..48].copy_from_slice(&1u32.to_le_bytes());
+            bytes[36..40].copy_from_slice(&sectors);
+            bytes[40..44].copy_from_slice(&ranges);
+            bytes[44..48].copy_from_slice(&1u32.to_le_bytes());
             // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap.
-            config[48..52].copy_from_slice(&sectors);
-            config[52..56].copy_from_slice(&ranges);
-            config[56] = 1;
+            bytes[48..52].copy_from_slice(&sectors);
+            bytes[52..56].copy_from_slice(&ranges);
+            bytes[56] = 1;
         }
-        config::read(&config, offset, data);
+        config::read(&bytes, offset, data);
     }
 
-    fn queue_event(
-        &mut self,
-        ctx: &mut Context<'_, '_>,
-        index: usize,
-    ) -> Result<QueueMask, Broken> {
-        match index {
-            QUEUE => self.drain(ctx),
-            _ => Ok(QueueMask::NONE),
-        }
-    }
-
-    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.again.fd())
-    }
-
-    fn host_event(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        self.again.asked();
-        self.drain(ctx)
-    }
-
-    fn reset(&mut self) {
-        self.acked_features = 0;
+    fn answer<'m>(&mut self, memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32 {
+        self.handle(memory, chain)
     }
 }
 

@@ -1,30 +1,21 @@
 //! The guest kernel's console (virtio 1.3 §5.3): one port, from the guest to the host. What the guest writes goes to a function;
 //! nothing is ever sent to the guest. The device keeps none of it, so that a flood costs time but no memory.
 
-use std::os::fd::BorrowedFd;
-
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use crate::again::Again;
-use crate::chains::{self, Chain};
-use crate::{Broken, Context, Device, QueueMask};
+use crate::Device;
+use crate::chains::Chain;
+use crate::requests::{Common, Requests};
 
-const NAME: &str = "console";
-/// Port 0's queues: to the guest, and from it (virtio 1.3 §5.3.2).
-const TRANSMIT: usize = 1;
 /// The kernel writes a line at a time and waits for it, so more would lie idle.
 const QUEUE_SIZE: u16 = 16;
 /// Bytes copied out of guest memory at once.
 const PIECE: usize = 1 << 10;
 /// Most bytes taken from one chain; Linux writes at most a page at a time. The rest of a longer one is dropped.
 const MOST_OF_A_CHAIN: usize = 64 << 10;
-/// Most chains handled in one call.
-const BATCH: usize = 64;
 /// Version of [`ConsoleState`].
 const STATE_VERSION: u32 = 1;
 
@@ -48,8 +39,7 @@ pub struct ConsoleState {
 /// The console.
 pub struct Console {
     sink: Sink,
-    acked_features: u64,
-    again: Again,
+    common: Common,
 }
 
 impl Console {
@@ -60,8 +50,7 @@ impl Console {
     pub fn new(sink: Sink) -> Result<Self, Errno> {
         Ok(Self {
             sink,
-            acked_features: 0,
-            again: Again::new()?,
+            common: Common::new()?,
         })
     }
 
@@ -69,7 +58,7 @@ impl Console {
     pub fn state(&self) -> ConsoleState {
         ConsoleState {
             version: STATE_VERSION,
-            acked_features: self.acked_features,
+            acked_features: self.common.acked_features,
         }
     }
 
@@ -81,16 +70,8 @@ impl Console {
         if state.version != STATE_VERSION {
             return Err(ConsoleStateVersion(state.version));
         }
-        self.acked_features = state.acked_features & self.features();
+        self.set_acked_features(state.acked_features);
         Ok(())
-    }
-
-    fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        let sink = &mut self.sink;
-        chains::serve(NAME, ctx, TRANSMIT, BATCH, &self.again, |memory, chain| {
-            pass_on(memory, chain, sink);
-            0
-        })
     }
 }
 
@@ -120,50 +101,27 @@ fn pass_on(memory: &GuestMemoryMmap, chain: Chain<'_>, sink: &mut Sink) {
     }
 }
 
-impl Device for Console {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_CONSOLE
+impl Requests for Console {
+    const NAME: &'static str = "console";
+    const ID: u32 = VIRTIO_ID_CONSOLE;
+    /// Port 0's queues: to the guest, and from it (virtio 1.3 §5.3.2).
+    const QUEUE_SIZES: &'static [u16] = &[QUEUE_SIZE; 2];
+    const QUEUE: usize = 1;
+    const BATCH: usize = 64;
+
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 2]
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
-    }
+    // Neither a size nor more ports are offered (§5.3.3), so that all of the configuration space reads as zero.
 
-    fn set_acked_features(&mut self, features: u64) {
-        self.acked_features = features;
-    }
-
-    /// Neither a size nor more ports are offered (§5.3.3), so that all of the configuration space reads as zero.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn queue_event(
-        &mut self,
-        ctx: &mut Context<'_, '_>,
-        index: usize,
-    ) -> Result<QueueMask, Broken> {
-        match index {
-            TRANSMIT => self.drain(ctx),
-            _ => Ok(QueueMask::NONE),
-        }
-    }
-
-    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.again.fd())
-    }
-
-    fn host_event(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        self.again.asked();
-        self.drain(ctx)
-    }
-
-    fn reset(&mut self) {
-        self.acked_features = 0;
+    fn answer<'m>(&mut self, memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32 {
+        pass_on(memory, chain, &mut self.sink);
+        0
     }
 }
 

@@ -15,6 +15,7 @@ mod knob;
 mod mem;
 mod net;
 mod pmem;
+mod requests;
 mod rng;
 mod segments;
 #[cfg(any(test, feature = "testing"))]

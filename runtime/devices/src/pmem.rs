@@ -2,26 +2,18 @@
 //! with no copy and, with DAX, no page cache of its own. The mapping into guest memory is made by whoever runs the VM; this is
 //! the queue and the configuration. Nothing the guest does reaches the file, so that there is never anything to flush.
 
-use std::os::fd::BorrowedFd;
-
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use crate::again::Again;
-use crate::chains::{self, Chain};
+use crate::chains::Chain;
+use crate::requests::{Common, Requests};
 use crate::segments::Segments;
-use crate::{Broken, Context, Device, QueueMask, config};
+use crate::{Device, config};
 
-const NAME: &str = "pmem";
-const QUEUE: usize = 0;
 /// The kernel has a request for each thread that waits for a flush.
 const QUEUE_SIZE: u16 = 16;
-/// Most chains handled in one call.
-const BATCH: usize = 64;
 /// The unit in which Linux maps such memory, bytes.
 const ALIGNMENT: u64 = 2 << 20;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (§5.19.6).
@@ -81,8 +73,7 @@ pub struct PmemState {
 pub struct Pmem {
     start: GuestAddress,
     length: u64,
-    acked_features: u64,
-    again: Again,
+    common: Common,
 }
 
 impl Pmem {
@@ -99,8 +90,7 @@ impl Pmem {
         Ok(Self {
             start,
             length,
-            acked_features: 0,
-            again: Again::new().map_err(PmemError::Setup)?,
+            common: Common::new().map_err(PmemError::Setup)?,
         })
     }
 
@@ -108,7 +98,7 @@ impl Pmem {
     pub fn state(&self) -> PmemState {
         PmemState {
             version: STATE_VERSION,
-            acked_features: self.acked_features,
+            acked_features: self.common.acked_features,
             start: self.start.0,
             length: self.length,
         }
@@ -126,12 +116,8 @@ impl Pmem {
         if saved != present {
             return Err(PmemError::StateRange { saved, present });
         }
-        self.acked_features = state.acked_features & self.features();
+        self.set_acked_features(state.acked_features);
         Ok(())
-    }
-
-    fn drain(&self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        chains::serve(NAME, ctx, QUEUE, BATCH, &self.again, answer)
     }
 }
 
@@ -152,53 +138,30 @@ fn answer<'m>(memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32 {
     room.copy_from(&answer) as u32
 }
 
-impl Device for Pmem {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_PMEM
+impl Requests for Pmem {
+    const NAME: &'static str = "pmem";
+    const ID: u32 = VIRTIO_ID_PMEM;
+    const QUEUE_SIZES: &'static [u16] = &[QUEUE_SIZE];
+    const BATCH: usize = 64;
+
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
-    }
-
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
-    }
-
-    fn set_acked_features(&mut self, features: u64) {
-        self.acked_features = features & self.features();
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
     /// `struct virtio_pmem_config` (§5.19.4): where it is, and how long.
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn config(&self, offset: u64, data: &mut [u8]) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.start.0.to_le_bytes());
         bytes[8..].copy_from_slice(&self.length.to_le_bytes());
         config::read(&bytes, offset, data);
     }
 
-    fn queue_event(
-        &mut self,
-        ctx: &mut Context<'_, '_>,
-        index: usize,
-    ) -> Result<QueueMask, Broken> {
-        match index {
-            QUEUE => self.drain(ctx),
-            _ => Ok(QueueMask::NONE),
-        }
-    }
-
-    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.again.fd())
-    }
-
-    fn host_event(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        self.again.asked();
-        self.drain(ctx)
-    }
-
-    fn reset(&mut self) {
-        self.acked_features = 0;
+    fn answer<'m>(&mut self, memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32 {
+        answer(memory, chain)
     }
 }
 

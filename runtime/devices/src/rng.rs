@@ -1,27 +1,19 @@
 //! Entropy for the guest (virtio 1.3 §5.4), from the host kernel's generator. The device holds no state of its own, and none of
 //! what it hands out.
 
-use std::os::fd::BorrowedFd;
-
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use crate::again::Again;
-use crate::chains::{self, Chain};
-use crate::{Broken, Context, Device, QueueMask};
+use crate::Device;
+use crate::chains::Chain;
+use crate::requests::{Common, Requests};
 
-const NAME: &str = "rng";
-const QUEUE: usize = 0;
 /// The kernel has one request under way at a time.
 const QUEUE_SIZE: u16 = 8;
 /// Most bytes given to one chain. The device may give fewer than there is room for (§5.4.6.1); Linux asks for 64.
 const MOST_OF_A_CHAIN: usize = 256;
-/// Most chains handled in one call.
-const BATCH: usize = 16;
 /// Version of [`RngState`].
 const STATE_VERSION: u32 = 1;
 
@@ -42,8 +34,7 @@ pub struct RngState {
 /// The entropy device.
 #[derive(Debug)]
 pub struct Rng {
-    acked_features: u64,
-    again: Again,
+    common: Common,
 }
 
 impl Rng {
@@ -53,8 +44,7 @@ impl Rng {
     /// When the system has no descriptor left.
     pub fn new() -> Result<Self, Errno> {
         Ok(Self {
-            acked_features: 0,
-            again: Again::new()?,
+            common: Common::new()?,
         })
     }
 
@@ -62,7 +52,7 @@ impl Rng {
     pub fn state(&self) -> RngState {
         RngState {
             version: STATE_VERSION,
-            acked_features: self.acked_features,
+            acked_features: self.common.acked_features,
         }
     }
 
@@ -74,12 +64,8 @@ impl Rng {
         if state.version != STATE_VERSION {
             return Err(RngStateVersion(state.version));
         }
-        self.acked_features = state.acked_features & self.features();
+        self.set_acked_features(state.acked_features);
         Ok(())
-    }
-
-    fn drain(&self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        chains::serve(NAME, ctx, QUEUE, BATCH, &self.again, give)
     }
 }
 
@@ -108,50 +94,22 @@ fn fill(bytes: &mut [u8]) -> bool {
     rustix::rand::getrandom(bytes, rustix::rand::GetRandomFlags::empty()) == Ok(wanted)
 }
 
-impl Device for Rng {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_RNG
+impl Requests for Rng {
+    const NAME: &'static str = "rng";
+    const ID: u32 = VIRTIO_ID_RNG;
+    const QUEUE_SIZES: &'static [u16] = &[QUEUE_SIZE];
+    const BATCH: usize = 16;
+
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
-    }
-
-    fn set_acked_features(&mut self, features: u64) {
-        self.acked_features = features;
-    }
-
-    /// There is no configuration (§5.4.4).
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn queue_event(
-        &mut self,
-        ctx: &mut Context<'_, '_>,
-        index: usize,
-    ) -> Result<QueueMask, Broken> {
-        match index {
-            QUEUE => self.drain(ctx),
-            _ => Ok(QueueMask::NONE),
-        }
-    }
-
-    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.again.fd())
-    }
-
-    fn host_event(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
-        self.again.asked();
-        self.drain(ctx)
-    }
-
-    fn reset(&mut self) {
-        self.acked_features = 0;
+    fn answer<'m>(&mut self, memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32 {
+        give(memory, chain)
     }
 }
 

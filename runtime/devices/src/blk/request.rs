@@ -213,7 +213,7 @@ impl Blk {
 
     /// A driver that does not know of flushes expects each write to last (§5.2.6.2).
     fn durability(&self) -> Durability {
-        if self.acked_features & 1 << VIRTIO_BLK_F_FLUSH != 0 {
+        if self.common.acked_features & 1 << VIRTIO_BLK_F_FLUSH != 0 {
             Durability::Cached
         } else {
             Durability::Through

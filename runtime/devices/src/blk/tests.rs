@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::request::MAX_RANGE_SECTORS;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
 use super::*;
 use crate::testing::{Buffer, Guest, readable, writable};
 
@@ -62,10 +64,10 @@ impl Bench {
         let mut chain = vec![readable(self.header, 16)];
         chain.extend(data);
         chain.push(writable(self.status, 1));
-        self.guest.place_indirect(QUEUE, &chain);
-        let used = self.guest.kick(&mut self.blk, QUEUE).unwrap();
-        assert!(used.contains(QUEUE));
-        let written = self.guest.used(QUEUE).unwrap().len;
+        self.guest.place_indirect(Blk::QUEUE, &chain);
+        let used = self.guest.kick(&mut self.blk, Blk::QUEUE).unwrap();
+        assert!(used.contains(Blk::QUEUE));
+        let written = self.guest.used(Blk::QUEUE).unwrap().len;
         (self.guest.read(self.status, 1)[0], written)
     }
 
@@ -144,9 +146,9 @@ fn status_and_data_may_share_a_buffer_and_a_header_be_in_pieces() {
         readable(bench.header + 3, 13),
         writable(bench.data, 513),
     ];
-    bench.guest.place(QUEUE, &chain);
-    bench.guest.kick(&mut bench.blk, QUEUE).unwrap();
-    assert_eq!(bench.guest.used(QUEUE).unwrap().len, 513);
+    bench.guest.place(Blk::QUEUE, &chain);
+    bench.guest.kick(&mut bench.blk, Blk::QUEUE).unwrap();
+    assert_eq!(bench.guest.used(Blk::QUEUE).unwrap().len, 513);
     assert_eq!(bench.guest.read(bench.data, 512), [9; 512]);
     assert_eq!(bench.guest.read(bench.data + 512, 1), [OK]);
 }
@@ -304,15 +306,15 @@ fn requests_without_a_whole_header_or_room_for_a_status_do_nothing() {
         vec![readable(bench.header, 16), writable(Guest::HOLE, 1)],
         vec![readable(bench.header, 16), writable(u64::MAX, 2)],
     ] {
-        bench.guest.place(QUEUE, &chain);
-        bench.guest.kick(&mut bench.blk, QUEUE).unwrap();
-        assert_eq!(bench.guest.used(QUEUE).unwrap().len, 0, "{chain:x?}");
+        bench.guest.place(Blk::QUEUE, &chain);
+        bench.guest.kick(&mut bench.blk, Blk::QUEUE).unwrap();
+        assert_eq!(bench.guest.used(Blk::QUEUE).unwrap().len, 0, "{chain:x?}");
     }
     for length in [0, 1, 15] {
         let chain = [readable(bench.header, length), writable(bench.status, 1)];
-        bench.guest.place(QUEUE, &chain);
-        bench.guest.kick(&mut bench.blk, QUEUE).unwrap();
-        assert_eq!(bench.guest.used(QUEUE).unwrap().len, 1);
+        bench.guest.place(Blk::QUEUE, &chain);
+        bench.guest.kick(&mut bench.blk, Blk::QUEUE).unwrap();
+        assert_eq!(bench.guest.used(Blk::QUEUE).unwrap().len, 1);
         assert_eq!(bench.guest.read(bench.status, 1), [IOERR]);
     }
 }
@@ -323,13 +325,13 @@ fn a_busy_queue_is_served_in_turns() {
     bench.guest.write(bench.header, &FLUSH.to_le_bytes());
     for _ in 0..BATCH + 3 {
         let chain = [readable(bench.header, 16), writable(bench.status, 1)];
-        bench.guest.place(QUEUE, &chain);
+        bench.guest.place(Blk::QUEUE, &chain);
     }
-    bench.guest.kick(&mut bench.blk, QUEUE).unwrap();
-    let done = std::iter::from_fn(|| bench.guest.used(QUEUE)).count();
+    bench.guest.kick(&mut bench.blk, Blk::QUEUE).unwrap();
+    let done = std::iter::from_fn(|| bench.guest.used(Blk::QUEUE)).count();
     assert_eq!(done, BATCH);
     assert!(bench.guest.host(&mut bench.blk, 0).unwrap());
-    let done = std::iter::from_fn(|| bench.guest.used(QUEUE)).count();
+    let done = std::iter::from_fn(|| bench.guest.used(Blk::QUEUE)).count();
     assert_eq!(done, 3);
     assert!(!bench.guest.host(&mut bench.blk, 0).unwrap());
 }

@@ -2,8 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
 use super::*;
 use crate::testing::{Buffer, Descriptor, Guest, INDIRECT, NEXT, WRITE, readable, writable};
+use crate::{Broken, QueueMask};
 
 struct Bench {
     console: Console,
@@ -29,7 +32,7 @@ impl Bench {
     }
 
     fn kick(&mut self) -> Result<QueueMask, Broken> {
-        self.guest.kick(&mut self.console, TRANSMIT)
+        self.guest.kick(&mut self.console, Console::QUEUE)
     }
 
     fn output(&self) -> Vec<u8> {
@@ -49,8 +52,8 @@ impl Bench {
         self.guest = Guest::new(&self.console, true);
         let _ = self.output();
         let buffer = self.text(b"alive\n");
-        self.guest.place(TRANSMIT, &[buffer]);
-        assert!(self.kick().unwrap().contains(TRANSMIT));
+        self.guest.place(Console::QUEUE, &[buffer]);
+        assert!(self.kick().unwrap().contains(Console::QUEUE));
         assert_eq!(self.output(), b"alive\n");
     }
 }
@@ -63,12 +66,12 @@ fn what_the_guest_writes_comes_out_in_order() {
         bench.text(b"two "),
         bench.text(b"three"),
     );
-    bench.guest.place(TRANSMIT, &[one, two]);
-    let head = bench.guest.place_indirect(TRANSMIT, &[three]);
-    assert!(bench.kick().unwrap().contains(TRANSMIT));
+    bench.guest.place(Console::QUEUE, &[one, two]);
+    let head = bench.guest.place_indirect(Console::QUEUE, &[three]);
+    assert!(bench.kick().unwrap().contains(Console::QUEUE));
     assert_eq!(bench.output(), b"one two three");
-    assert_eq!(bench.guest.used(TRANSMIT).unwrap().len, 0);
-    assert_eq!(bench.guest.used(TRANSMIT).unwrap().head, head);
+    assert_eq!(bench.guest.used(Console::QUEUE).unwrap().len, 0);
+    assert_eq!(bench.guest.used(Console::QUEUE).unwrap().head, head);
     bench.works_after_reset();
 }
 
@@ -77,7 +80,7 @@ fn a_buffer_over_the_border_of_two_mappings_is_whole() {
     let mut bench = Bench::new();
     let address = Guest::BORDER - 3;
     bench.guest.write(address, b"across");
-    bench.guest.place(TRANSMIT, &[readable(address, 6)]);
+    bench.guest.place(Console::QUEUE, &[readable(address, 6)]);
     bench.kick().unwrap();
     assert_eq!(bench.output(), b"across");
 }
@@ -95,10 +98,10 @@ fn nothing_is_ever_sent_to_the_guest() {
 fn buffers_in_the_wrong_direction_give_nothing_and_come_back() {
     let mut bench = Bench::new();
     let address = bench.guest.alloc(64);
-    bench.guest.place(TRANSMIT, &[writable(address, 64)]);
+    bench.guest.place(Console::QUEUE, &[writable(address, 64)]);
     bench.kick().unwrap();
     assert_eq!(bench.output(), b"");
-    assert_eq!(bench.guest.used(TRANSMIT).unwrap().len, 0);
+    assert_eq!(bench.guest.used(Console::QUEUE).unwrap().len, 0);
     bench.works_after_reset();
 }
 
@@ -114,10 +117,13 @@ fn buffers_that_are_not_in_memory_come_back() {
         readable(0, 0),
     ] {
         let mut bench = Bench::new();
-        bench.guest.place(TRANSMIT, &[buffer]);
-        assert!(bench.kick().unwrap().contains(TRANSMIT), "{buffer:x?}");
+        bench.guest.place(Console::QUEUE, &[buffer]);
+        assert!(
+            bench.kick().unwrap().contains(Console::QUEUE),
+            "{buffer:x?}"
+        );
         assert!(bench.output().len() <= PIECE, "{buffer:x?}");
-        assert!(bench.guest.used(TRANSMIT).is_some());
+        assert!(bench.guest.used(Console::QUEUE).is_some());
         bench.works_after_reset();
     }
 }
@@ -125,7 +131,9 @@ fn buffers_that_are_not_in_memory_come_back() {
 #[test]
 fn of_four_gibibytes_only_the_beginning_is_taken() {
     let mut bench = Bench::new();
-    bench.guest.place(TRANSMIT, &[readable(0x1000, u32::MAX)]);
+    bench
+        .guest
+        .place(Console::QUEUE, &[readable(0x1000, u32::MAX)]);
     bench.kick().unwrap();
     assert_eq!(bench.output().len(), MOST_OF_A_CHAIN);
     bench.works_after_reset();
@@ -135,7 +143,7 @@ fn of_four_gibibytes_only_the_beginning_is_taken() {
 fn a_chain_of_many_buffers_has_the_same_bound_as_one() {
     let mut bench = Bench::new();
     let buffers = [readable(0x1000, 60 << 10); 8];
-    bench.guest.place(TRANSMIT, &buffers);
+    bench.guest.place(Console::QUEUE, &buffers);
     bench.kick().unwrap();
     assert_eq!(bench.output().len(), MOST_OF_A_CHAIN);
 }
@@ -155,7 +163,7 @@ fn chains_that_loop_or_leave_their_table_end() {
         vec![text(u16::MAX)],
     ] {
         let mut bench = Bench::new();
-        bench.guest.place_raw(TRANSMIT, &table);
+        bench.guest.place_raw(Console::QUEUE, &table);
         bench.kick().unwrap();
         assert!(bench.output().len() <= 4 * usize::from(QUEUE_SIZE));
         bench.works_after_reset();
@@ -183,14 +191,14 @@ fn indirect_tables_of_odd_sizes_places_and_depths_end() {
         entry(0x1000, 64, u16::MAX),
     ] {
         let mut bench = Bench::new();
-        bench.guest.place_raw(TRANSMIT, &[descriptor]);
+        bench.guest.place_raw(Console::QUEUE, &[descriptor]);
         bench.kick().unwrap();
         assert!(bench.output().len() <= MOST_OF_A_CHAIN);
         bench.works_after_reset();
     }
     let mut bench = Bench::new();
     let inner = entry(0x1000, 32, INDIRECT);
-    bench.guest.place_table(TRANSMIT, &[inner, inner]);
+    bench.guest.place_table(Console::QUEUE, &[inner, inner]);
     bench.kick().unwrap();
     assert_eq!(bench.output(), b"");
     bench.works_after_reset();
@@ -200,9 +208,9 @@ fn indirect_tables_of_odd_sizes_places_and_depths_end() {
 fn an_available_index_that_jumps_breaks_the_device_until_reset() {
     for jump in [QUEUE_SIZE + 1, 1000, u16::MAX] {
         let mut bench = Bench::new();
-        bench.guest.set_avail_idx(TRANSMIT, jump);
+        bench.guest.set_avail_idx(Console::QUEUE, jump);
         let error = bench.kick().unwrap_err();
-        assert_eq!(error.device, NAME);
+        assert_eq!(error.device, Console::NAME);
         bench.works_after_reset();
     }
 }
@@ -211,10 +219,10 @@ fn an_available_index_that_jumps_breaks_the_device_until_reset() {
 fn an_available_ring_that_names_no_descriptor_breaks_the_device_or_gives_nothing() {
     for head in [QUEUE_SIZE, 1000, u16::MAX] {
         let mut bench = Bench::new();
-        bench.guest.offer(TRANSMIT, head);
+        bench.guest.offer(Console::QUEUE, head);
         match bench.kick() {
             Ok(_) => assert_eq!(bench.output(), b""),
-            Err(error) => assert_eq!(error.device, NAME),
+            Err(error) => assert_eq!(error.device, Console::NAME),
         }
         bench.works_after_reset();
     }
@@ -240,8 +248,8 @@ fn notifications_without_work_cost_nothing_and_do_nothing() {
 fn a_queue_that_is_not_ready_is_left_alone() {
     let mut bench = Bench::new();
     let buffer = bench.text(b"x");
-    bench.guest.place(TRANSMIT, &[buffer]);
-    virtio_queue::QueueT::set_ready(bench.guest.queue(TRANSMIT), false);
+    bench.guest.place(Console::QUEUE, &[buffer]);
+    virtio_queue::QueueT::set_ready(bench.guest.queue(Console::QUEUE), false);
     assert!(bench.kick().unwrap().is_empty());
     assert_eq!(bench.output(), b"");
 }
@@ -251,17 +259,17 @@ fn a_guest_that_refills_its_ring_for_ever_is_served_in_turns() {
     let mut bench = Bench::new();
     // The same chain offered over and over, as a second thread of the guest could: one call takes a batch and asks for another.
     let buffer = bench.text(b"x");
-    let head = bench.guest.place(TRANSMIT, &[buffer]);
+    let head = bench.guest.place(Console::QUEUE, &[buffer]);
     let mut taken = 0;
     bench.kick().unwrap();
     taken += bench.output().len();
     for _ in 0..10 {
         for _ in 0..QUEUE_SIZE {
-            bench.guest.offer(TRANSMIT, head);
+            bench.guest.offer(Console::QUEUE, head);
         }
         bench.kick().unwrap();
         let output = bench.output().len();
-        assert!(output <= BATCH);
+        assert!(output <= Console::BATCH);
         taken += output;
     }
     assert_eq!(taken, 10 * usize::from(QUEUE_SIZE) + 1);

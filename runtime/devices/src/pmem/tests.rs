@@ -13,11 +13,16 @@ fn ask(request: &[u8], room: u32) -> (Vec<u8>, u32) {
     let at = guest.alloc_bytes(request);
     let answer = guest.alloc_bytes(&[0xaa; 8]);
     guest.place(
-        QUEUE,
+        Pmem::QUEUE,
         &[readable(at, request.len() as u32), writable(answer, room)],
     );
-    assert!(guest.kick(&mut pmem, QUEUE).unwrap().contains(QUEUE));
-    let written = guest.used(QUEUE).unwrap().len;
+    assert!(
+        guest
+            .kick(&mut pmem, Pmem::QUEUE)
+            .unwrap()
+            .contains(Pmem::QUEUE)
+    );
+    let written = guest.used(Pmem::QUEUE).unwrap().len;
     (guest.read(answer, 8), written)
 }
 

@@ -1,7 +1,10 @@
 //! What the entropy device gives, and what no guest can do to it.
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
 use super::*;
 use crate::testing::{Descriptor, Guest, INDIRECT, NEXT, WRITE, readable, writable};
+use crate::{Broken, QueueMask};
 
 struct Bench {
     rng: Rng,
@@ -16,16 +19,16 @@ impl Bench {
     }
 
     fn kick(&mut self) -> Result<QueueMask, Broken> {
-        self.guest.kick(&mut self.rng, QUEUE)
+        self.guest.kick(&mut self.rng, Rng::QUEUE)
     }
 
     fn works_after_reset(mut self) {
         self.rng.reset();
         self.guest = Guest::new(&self.rng, true);
         let address = self.guest.alloc(32);
-        self.guest.place(QUEUE, &[writable(address, 32)]);
-        assert!(self.kick().unwrap().contains(QUEUE));
-        assert_eq!(self.guest.used(QUEUE).unwrap().len, 32);
+        self.guest.place(Rng::QUEUE, &[writable(address, 32)]);
+        assert!(self.kick().unwrap().contains(Rng::QUEUE));
+        assert_eq!(self.guest.used(Rng::QUEUE).unwrap().len, 32);
     }
 }
 
@@ -33,13 +36,13 @@ impl Bench {
 fn every_request_gets_other_bytes() {
     let mut bench = Bench::new();
     let (one, two) = (bench.guest.alloc(64), bench.guest.alloc(64));
-    bench.guest.place(QUEUE, &[writable(one, 64)]);
+    bench.guest.place(Rng::QUEUE, &[writable(one, 64)]);
     bench
         .guest
-        .place(QUEUE, &[writable(two, 32), writable(two + 32, 32)]);
-    assert!(bench.kick().unwrap().contains(QUEUE));
-    assert_eq!(bench.guest.used(QUEUE).unwrap().len, 64);
-    assert_eq!(bench.guest.used(QUEUE).unwrap().len, 64);
+        .place(Rng::QUEUE, &[writable(two, 32), writable(two + 32, 32)]);
+    assert!(bench.kick().unwrap().contains(Rng::QUEUE));
+    assert_eq!(bench.guest.used(Rng::QUEUE).unwrap().len, 64);
+    assert_eq!(bench.guest.used(Rng::QUEUE).unwrap().len, 64);
     assert_ne!(bench.guest.read(one, 64), [0; 64]);
     assert_ne!(bench.guest.read(one, 64), bench.guest.read(two, 64));
     bench.works_after_reset();
@@ -49,7 +52,7 @@ fn every_request_gets_other_bytes() {
 fn a_buffer_over_the_border_of_two_mappings_is_filled_on_both_sides() {
     let mut bench = Bench::new();
     let address = Guest::BORDER - 32;
-    bench.guest.place(QUEUE, &[writable(address, 64)]);
+    bench.guest.place(Rng::QUEUE, &[writable(address, 64)]);
     bench.kick().unwrap();
     assert_ne!(bench.guest.read(address, 32), [0; 32]);
     assert_ne!(bench.guest.read(address + 32, 32), [0; 32]);
@@ -59,10 +62,10 @@ fn a_buffer_over_the_border_of_two_mappings_is_filled_on_both_sides() {
 fn a_request_for_more_gets_a_little_and_says_so() {
     for len in [257, 4096, 1 << 20, u32::MAX] {
         let mut bench = Bench::new();
-        bench.guest.place(QUEUE, &[writable(0x10_0000, len)]);
+        bench.guest.place(Rng::QUEUE, &[writable(0x10_0000, len)]);
         bench.kick().unwrap();
         assert_eq!(
-            bench.guest.used(QUEUE).unwrap().len as usize,
+            bench.guest.used(Rng::QUEUE).unwrap().len as usize,
             MOST_OF_A_CHAIN
         );
         assert_eq!(bench.guest.read(0x10_0000 + 256, 16), [0; 16]);
@@ -91,10 +94,10 @@ fn what_cannot_be_written_is_not_claimed_to_be() {
         (vec![readable(0x10_0000, 16), writable(0x10_1000, 16)], 16),
     ] {
         let mut bench = Bench::new();
-        bench.guest.place(QUEUE, &buffers);
-        assert!(bench.kick().unwrap().contains(QUEUE));
+        bench.guest.place(Rng::QUEUE, &buffers);
+        assert!(bench.kick().unwrap().contains(Rng::QUEUE));
         assert_eq!(
-            bench.guest.used(QUEUE).unwrap().len,
+            bench.guest.used(Rng::QUEUE).unwrap().len,
             written,
             "{buffers:x?}"
         );
@@ -119,9 +122,9 @@ fn chains_that_loop_or_leave_their_table_end() {
         vec![entry(u16::MAX, 0)],
     ] {
         let mut bench = Bench::new();
-        bench.guest.place_raw(QUEUE, &table);
+        bench.guest.place_raw(Rng::QUEUE, &table);
         bench.kick().unwrap();
-        let used = bench.guest.used(QUEUE).unwrap();
+        let used = bench.guest.used(Rng::QUEUE).unwrap();
         assert!(used.len as usize <= MOST_OF_A_CHAIN);
         bench.works_after_reset();
     }
@@ -131,8 +134,8 @@ fn chains_that_loop_or_leave_their_table_end() {
 fn an_available_index_that_jumps_breaks_the_device_until_reset() {
     for jump in [QUEUE_SIZE + 1, 1000, u16::MAX] {
         let mut bench = Bench::new();
-        bench.guest.set_avail_idx(QUEUE, jump);
-        assert_eq!(bench.kick().unwrap_err().device, NAME);
+        bench.guest.set_avail_idx(Rng::QUEUE, jump);
+        assert_eq!(bench.kick().unwrap_err().device, Rng::NAME);
         bench.works_after_reset();
     }
 }
@@ -149,8 +152,8 @@ fn notifications_without_work_and_of_queues_that_are_not_there_do_nothing() {
 #[test]
 fn a_queue_that_is_not_ready_is_left_alone() {
     let mut bench = Bench::new();
-    bench.guest.place(QUEUE, &[writable(0x10_0000, 4)]);
-    virtio_queue::QueueT::set_ready(bench.guest.queue(QUEUE), false);
+    bench.guest.place(Rng::QUEUE, &[writable(0x10_0000, 4)]);
+    virtio_queue::QueueT::set_ready(bench.guest.queue(Rng::QUEUE), false);
     assert!(bench.kick().unwrap().is_empty());
     assert_eq!(bench.guest.read(0x10_0000, 4), [0; 4]);
 }
