@@ -221,7 +221,16 @@ impl Container {
             end_process(monitor)?;
         }
         match MonitorLock::seize(&self.sandbox_dir())? {
-            Some(_lock) => self.erase(),
+            Some(_lock) => {
+                // Its monitor has seen to that unless it was killed.
+                if let Ok(record) = self.record()
+                    && !matches!(record.state, State::Exited { .. })
+                {
+                    self.sandbox().kill()?;
+                    network::release(&record.network)?;
+                }
+                self.erase()
+            }
             None => Ok(()),
         }
     }

@@ -11,6 +11,7 @@
 
 mod host;
 mod pty;
+mod world;
 
 mod bad_input;
 mod debian;
@@ -21,6 +22,7 @@ mod faults;
 mod isolation;
 mod limits;
 mod mounts;
+mod network;
 mod process;
 mod profile;
 mod signals;

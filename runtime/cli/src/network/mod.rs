@@ -141,6 +141,24 @@ pub fn detach(home: &Home, id: &Id) -> Result<()> {
     })
 }
 
+/// Leaves the namespace that somebody prepared for a container, if somebody did, as it was. To be called when the container's VM is gone and
+/// nobody else can have the namespace yet. It is no error when it is gone.
+///
+/// # Errors
+/// When the namespace cannot be entered or changed.
+pub fn release(record: &NetworkRecord) -> Result<()> {
+    let Some(path) = record.prepared() else {
+        return Ok(());
+    };
+    let Ok(namespace) = Namespace::open(path) else {
+        return Ok(());
+    };
+    on_a_runtime(|| async {
+        let released = cloison_net::release(&namespace).await;
+        released.with_context(|| format!("cannot give {} back as it was", path.display()))
+    })
+}
+
 /// Takes every container off its network that is gone.
 ///
 /// # Errors

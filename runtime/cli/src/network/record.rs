@@ -40,6 +40,11 @@ impl NetworkRecord {
         Self::without_place(format!("ns:{}", path.display()))
     }
 
+    /// The namespace somebody prepared whose interfaces it has.
+    pub fn prepared(&self) -> Option<&Path> {
+        self.name.strip_prefix("ns:").map(Path::new)
+    }
+
     fn without_place(name: String) -> Self {
         Self {
             name,
