@@ -23,12 +23,30 @@ fn offloads_are_the_tap_s_only_while_the_guest_wants_them() {
     // Nothing to look at but that the tap takes any set of features.
     let offered = bench.net.features();
     for features in (0..64).map(|bit| offered & !(1 << bit)).chain([0, offered]) {
-        bench.net.tap.set_offloads(features).unwrap();
+        bench
+            .net
+            .tap
+            .as_ref()
+            .unwrap()
+            .set_offloads(features)
+            .unwrap();
     }
     for bit in 0..64 {
-        bench.net.tap.set_offloads(1 << bit).unwrap();
+        bench
+            .net
+            .tap
+            .as_ref()
+            .unwrap()
+            .set_offloads(1 << bit)
+            .unwrap();
         let with_checksums = 1 << bit | 1 << VIRTIO_NET_F_GUEST_CSUM;
-        bench.net.tap.set_offloads(with_checksums).unwrap();
+        bench
+            .net
+            .tap
+            .as_ref()
+            .unwrap()
+            .set_offloads(with_checksums)
+            .unwrap();
     }
     bench.net.reset();
     assert_eq!(bench.net.acked_features, 0);
