@@ -227,7 +227,7 @@ impl Container {
                     && !matches!(record.state, State::Exited { .. })
                 {
                     self.sandbox().kill()?;
-                    network::release(&record.network)?;
+                    network::release(&self.sandbox_dir(), &record.network)?;
                 }
                 self.erase()
             }

@@ -248,7 +248,7 @@ impl Monitor {
 
     /// Writes down how it ended, or removes what was to be removed.
     fn settle(&mut self, life: &Life) -> Result<()> {
-        network::release(&self.record.network)?;
+        network::release(self.container.sandbox().dir(), &self.record.network)?;
         let started = match &self.record.state {
             State::Running { started, .. } => Some(*started),
             _ => None,

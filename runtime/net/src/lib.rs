@@ -40,6 +40,6 @@ pub use mac::Mac;
 pub use namespace::Namespace;
 pub use network::{Network, NetworkSpec, parse_subnet};
 pub use networks::{Inspection, Networks};
-pub use ports::Reservation;
+pub use ports::{Reservation, reserve};
 pub use publish::{Mapping, Protocol, Publication};
 pub use sandbox::{Addresses, Attached, Attachment, Lease};

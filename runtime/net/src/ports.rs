@@ -26,11 +26,10 @@ impl Reservation {
 }
 
 /// Binds every port of `publications` in the namespace `host`.
-pub(crate) fn reserve(
-    host: &Namespace,
-    publications: &[Publication],
-    ipv6: bool,
-) -> Result<Reservation> {
+///
+/// # Errors
+/// [`Error::PortInUse`].
+pub fn reserve(host: &Namespace, publications: &[Publication], ipv6: bool) -> Result<Reservation> {
     host.run(|| {
         let mut sockets = Vec::new();
         for publication in publications {

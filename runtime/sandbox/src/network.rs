@@ -77,25 +77,42 @@ impl Network {
     /// When there is one that the guest cannot have.
     pub async fn plug(&mut self, vm: &ControlClient) -> Result<(), Error> {
         for change in self.adopter.changes().await? {
-            match change {
-                Change::Arrived(adopted) => {
-                    let place = plug(vm, &adopted)?;
-                    self.plugged.push((adopted.interface, place));
+            self.plug_changed(vm, change)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Network::plug`], and waits until there is an interface.
+    ///
+    /// # Errors
+    /// As for [`Network::plug`], and when the namespace cannot be watched.
+    pub async fn plug_next(&mut self, vm: &ControlClient) -> Result<(), Error> {
+        while self.plugged.is_empty() {
+            let change = self.adopter.next().await?;
+            self.plug_changed(vm, change)?;
+        }
+        Ok(())
+    }
+
+    fn plug_changed(&mut self, vm: &ControlClient, change: Change) -> Result<(), Error> {
+        match change {
+            Change::Arrived(adopted) => {
+                let place = plug(vm, &adopted)?;
+                self.plugged.push((adopted.interface, place));
+            }
+            Change::Refused { name, error } => return Err(refused(name, error)),
+            // What changes before the agent has been told of it is told as it is then.
+            Change::Changed(interface) => {
+                let mut plugged = self.plugged.iter_mut().map(|(known, _)| known);
+                let known = plugged.find(|known| known.index == interface.index);
+                if let Some(known) = known {
+                    *known = interface;
                 }
-                Change::Refused { name, error } => return Err(refused(name, error)),
-                // What changes before the agent has been told of it is told as it is then.
-                Change::Changed(interface) => {
-                    let mut plugged = self.plugged.iter_mut().map(|(known, _)| known);
-                    let known = plugged.find(|known| known.index == interface.index);
-                    if let Some(known) = known {
-                        *known = interface;
-                    }
-                }
-                Change::Gone(index) => {
-                    let at = self.plugged.iter().position(|(i, _)| i.index == index);
-                    if let Some((interface, place)) = at.map(|at| self.plugged.remove(at)) {
-                        unplug(vm, place).map_err(in_interface(&interface.name))?;
-                    }
+            }
+            Change::Gone(index) => {
+                let at = self.plugged.iter().position(|(i, _)| i.index == index);
+                if let Some((interface, place)) = at.map(|at| self.plugged.remove(at)) {
+                    unplug(vm, place).map_err(in_interface(&interface.name))?;
                 }
             }
         }

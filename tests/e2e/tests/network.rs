@@ -258,6 +258,37 @@ fn datagrams_reach_a_published_port_and_come_back() {
 }
 
 #[test]
+fn a_network_made_of_sockets_reaches_the_world_and_is_reached() {
+    let world = World::new();
+    let outside = Netns::new();
+    world.netns.veth("uplink", &outside, "eth0");
+    world
+        .netns
+        .ip("addr add 192.0.2.1/24 dev uplink\nroute add default via 192.0.2.9");
+    outside.ip("addr add 192.0.2.9/24 dev eth0");
+    outside.name_server("192.0.2.9", [192, 0, 2, 9]);
+    let options = [
+        "--network",
+        "user",
+        "--dns",
+        "192.0.2.9",
+        "-p",
+        "8080:80",
+        "--name",
+        "web",
+    ];
+    world.server(&options, "by-sockets");
+    for from in [&world.netns, &outside] {
+        assert!(from.page("192.0.2.1:8080").contains("by-sockets"));
+    }
+    let said = succeed(&world.exec("web", "nslookup some.name"));
+    assert!(said.contains("Address: 192.0.2.9"), "{said}");
+    let taken = world.run(&["--network", "user", "-p", "8080:80"], &["true"]);
+    fail(&taken, 125, &["8080/tcp", "in use"]);
+    world.remove(&["web"]);
+}
+
+#[test]
 fn a_policy_holds_for_what_a_container_begins_and_for_nothing_else() {
     let world = World::new();
     let open = world.server(&[], "open");

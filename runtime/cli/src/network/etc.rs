@@ -46,7 +46,7 @@ impl Etc {
         // Of a namespace that somebody prepared nothing is known that would speak against it.
         let ipv6 = match source {
             Source::Leased(_, lease) => lease.addresses.ipv6.is_some(),
-            Source::None | Source::Namespace(_) => true,
+            Source::None | Source::Namespace(_) | Source::User(_) => true,
         };
         let host = files::host_resolv_conf(Path::new("/"))?;
         let etc = Self { dir };

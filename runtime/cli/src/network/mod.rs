@@ -4,19 +4,22 @@
 mod etc;
 mod options;
 mod record;
+mod user;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cloison_net::{Attachment, Lease, Namespace, Networks, Reservation};
 use cloison_sandbox::{Home, Id, Network};
 use cloison_vmm::{ControlClient, Nic};
+use nix::unistd::{AccessFlags, access};
 
 pub use etc::Etc;
 pub use options::{NetworkArg, NetworkOptions};
 pub use record::NetworkRecord;
 
 use crate::verbs::runtime;
+use user::{Pasta, User};
 
 /// How many interfaces can come to a prepared namespace after the launch, on an engine that must know.
 const LATER: u8 = 1;
@@ -39,14 +42,36 @@ pub enum Source {
     None,
     /// A namespace that somebody prepared.
     Namespace(Namespace),
+    /// One that a program makes.
+    User(User),
     /// One of cloison's networks.
     Leased(Networks, Box<Lease>),
 }
 
 /// What must be held as long as the container is on its network.
+#[derive(Default)]
 pub struct Held {
-    _namespace: Namespace,
-    _reservation: Reservation,
+    _pasta: Option<Pasta>,
+    _attached: Option<(Namespace, Reservation)>,
+}
+
+/// What is used when nothing is asked for: `bridge`, unless this host lacks what that is made with.
+fn default() -> NetworkArg {
+    if program("nft").is_none() && user::find().is_some() {
+        eprintln!(
+            "cloison: using --network user: nft, of which bridge is made, is missing (`apt-get install nftables`)"
+        );
+        return NetworkArg::User;
+    }
+    NetworkArg::Named(Networks::DEFAULT.to_owned())
+}
+
+/// Where an executable is in PATH.
+fn program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(name))
+        .find(|file| access(file, AccessFlags::X_OK).is_ok())
 }
 
 impl Source {
@@ -56,7 +81,9 @@ impl Source {
     /// # Errors
     /// When it cannot, before anything is made for it.
     pub fn prepare(home: &Home, id: &Id, sandbox: &Path, options: &NetworkOptions) -> Result<Self> {
-        match &options.network {
+        let wanted = options.network.clone().unwrap_or_else(default);
+        match &wanted {
+            NetworkArg::User => Ok(Self::User(User::prepare(sandbox, &options.publish)?)),
             NetworkArg::None | NetworkArg::Host => Ok(Self::None),
             NetworkArg::Namespace(path) => Ok(Self::Namespace(Namespace::open(path)?)),
             NetworkArg::Named(name) => {
@@ -82,9 +109,10 @@ impl Source {
         match self {
             Self::None => NetworkRecord::none(),
             Self::Namespace(_) => match &options.network {
-                NetworkArg::Namespace(path) => NetworkRecord::namespace(path),
+                Some(NetworkArg::Namespace(path)) => NetworkRecord::namespace(path),
                 _ => NetworkRecord::none(),
             },
+            Self::User(_) => NetworkRecord::user(options),
             Self::Leased(_, lease) => NetworkRecord::leased(lease, options),
         }
     }
@@ -94,7 +122,7 @@ impl Source {
         match self {
             Self::None => 0,
             Self::Namespace(_) => LATER,
-            Self::Leased(..) => 1,
+            Self::User(_) | Self::Leased(..) => 1,
         }
     }
 
@@ -116,17 +144,27 @@ impl Source {
     /// # Errors
     /// When the host refuses.
     pub async fn connect(self, vm: &ControlClient) -> Result<Option<(Network, Held)>> {
-        let Self::Leased(networks, lease) = self else {
-            return Ok(None);
-        };
-        let attached = networks.connect(*lease).await?;
-        let mut network = Network::new(&attached.namespace)?;
-        network.plug(vm).await?;
-        let held = Held {
-            _namespace: attached.namespace,
-            _reservation: attached.reservation,
-        };
-        Ok(Some((network, held)))
+        match self {
+            Self::None | Self::Namespace(_) => Ok(None),
+            Self::User(user) => {
+                let (network, pasta) = user.connect(vm).await?;
+                let held = Held {
+                    _pasta: Some(pasta),
+                    ..Held::default()
+                };
+                Ok(Some((network, held)))
+            }
+            Self::Leased(networks, lease) => {
+                let attached = networks.connect(*lease).await?;
+                let mut network = Network::new(&attached.namespace)?;
+                network.plug(vm).await?;
+                let held = Held {
+                    _attached: Some((attached.namespace, attached.reservation)),
+                    ..Held::default()
+                };
+                Ok(Some((network, held)))
+            }
+        }
     }
 }
 
@@ -146,7 +184,10 @@ pub fn detach(home: &Home, id: &Id) -> Result<()> {
 ///
 /// # Errors
 /// When the namespace cannot be entered or changed.
-pub fn release(record: &NetworkRecord) -> Result<()> {
+pub fn release(sandbox: &Path, record: &NetworkRecord) -> Result<()> {
+    if record.is_user() {
+        return user::remove(sandbox);
+    }
     let Some(path) = record.prepared() else {
         return Ok(());
     };

@@ -13,9 +13,10 @@ use cloison_net::{Egress, Mac, Networks, Publication};
 /// `cloison run`'s options about the network.
 #[derive(Debug, Args)]
 pub struct NetworkOptions {
-    /// bridge, none, the name of a network, or ns:PATH for the interfaces of a network namespace
-    #[arg(long, alias = "net", value_name = "NETWORK", env = "CLOISON_NETWORK", default_value = Networks::DEFAULT)]
-    pub network: NetworkArg,
+    /// bridge, none, user, the name of a network, or ns:PATH for the interfaces of a network namespace [default: bridge, or user where
+    /// nft is missing]
+    #[arg(long, alias = "net", value_name = "NETWORK", env = "CLOISON_NETWORK")]
+    pub network: Option<NetworkArg>,
     /// Have a port of the host, or a range of them, lead to the container
     #[arg(short, long, value_name = "[IP:]HOST:CONTAINER[/udp]")]
     pub publish: Vec<Publication>,
@@ -51,6 +52,8 @@ pub enum NetworkArg {
     Host,
     /// The interfaces of a network namespace that somebody prepared.
     Namespace(PathBuf),
+    /// One that a program makes of sockets.
+    User,
     /// One of cloison's own, by its name.
     Named(String),
 }
@@ -63,6 +66,7 @@ impl FromStr for NetworkArg {
             (_, Some(path)) => Self::Namespace(path.into()),
             ("none", _) => Self::None,
             ("host", _) => Self::Host,
+            ("user", _) => Self::User,
             // Docker's other word for its default.
             ("default", _) => Self::Named(Networks::DEFAULT.to_owned()),
             _ => Self::Named(text.to_owned()),
@@ -85,18 +89,19 @@ impl NetworkOptions {
     /// # Errors
     /// The first thing found wrong.
     pub fn check(&self) -> Result<()> {
+        let publishes = matches!(self.network, Some(NetworkArg::User));
         match &self.network {
-            NetworkArg::Host => bail!(
+            None | Some(NetworkArg::Named(_)) => return Ok(()),
+            Some(NetworkArg::Host) => bail!(
                 "a container in a VM has a kernel of its own and cannot be on the host's network: publish the ports it serves with -p"
             ),
-            NetworkArg::Namespace(path) if path.as_os_str().is_empty() => {
+            Some(NetworkArg::Namespace(path)) if path.as_os_str().is_empty() => {
                 bail!("give the path of the network namespace: --network ns:PATH")
             }
-            NetworkArg::Named(_) => return Ok(()),
-            NetworkArg::None | NetworkArg::Namespace(_) => {}
+            Some(NetworkArg::None | NetworkArg::User | NetworkArg::Namespace(_)) => {}
         }
         let given = [
-            ("-p", !self.publish.is_empty()),
+            ("-p", !self.publish.is_empty() && !publishes),
             ("--ip", self.ip.is_some()),
             ("--mac-address", self.mac_address.is_some()),
             ("--egress", self.egress.is_some()),
@@ -134,7 +139,7 @@ mod tests {
     fn options_are_read_as_docker_reads_them() {
         let options = parse("-p 8080:80 -p 127.0.0.1:53:53/udp --dns 9.9.9.9 --add-host a:1.2.3.4");
         let options = options.unwrap();
-        assert_eq!(options.network, NetworkArg::Named("bridge".into()));
+        assert_eq!(options.network, None);
         assert_eq!(options.publish.len(), 2);
         assert_eq!(
             options.dns().servers,
@@ -143,9 +148,11 @@ mod tests {
         let options = parse("--network ns:/run/netns/a").unwrap();
         assert_eq!(
             options.network,
-            NetworkArg::Namespace("/run/netns/a".into())
+            Some(NetworkArg::Namespace("/run/netns/a".into()))
         );
-        assert_eq!(parse("--net none").unwrap().network, NetworkArg::None);
+        let options = parse("--net none").unwrap();
+        assert_eq!(options.network, Some(NetworkArg::None));
+        parse("--network user -p 8080:80").unwrap();
     }
 
     #[test]
@@ -160,6 +167,7 @@ mod tests {
                 "--network none --mac-address 02:00:00:00:00:01",
                 "--mac-address is",
             ),
+            ("--network user --ip 10.0.0.1", "--ip is for networks"),
             ("-p 80", "give a host port"),
             ("--ip fe80::1", "invalid"),
             ("--mac-address 01:00:00:00:00:01", "group address"),

@@ -9,6 +9,9 @@ use serde_json::{Map, Value, json};
 
 use super::NetworkOptions;
 
+/// The name of the network that a program makes.
+const USER: &str = "user";
+
 /// What is kept of a container's network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkRecord {
@@ -38,6 +41,18 @@ impl NetworkRecord {
 
     pub fn namespace(path: &Path) -> Self {
         Self::without_place(format!("ns:{}", path.display()))
+    }
+
+    pub fn user(options: &NetworkOptions) -> Self {
+        Self {
+            publish: options.publish.clone(),
+            ..Self::without_place(USER.to_owned())
+        }
+    }
+
+    /// Whether a program makes it.
+    pub fn is_user(&self) -> bool {
+        self.name == USER
     }
 
     /// The namespace somebody prepared whose interfaces it has.

@@ -28,7 +28,7 @@ pub fn network(home: &Home, verb: &NetworkVerb) -> Result<()> {
 }
 
 fn create(networks: &Networks, args: &NetworkCreate) -> Result<()> {
-    if let name @ ("none" | "host" | "default") = args.name.as_str() {
+    if let name @ ("none" | "host" | "user" | "default") = args.name.as_str() {
         bail!("--network {name} means something else: choose another name");
     }
     let mut spec = NetworkSpec {
