@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloison_image::Reference;
-use cloison_sandbox::{Home, Name};
+use cloison_sandbox::{Home, Name, Parts, signal_number};
 use cloison_vmm::EngineChoice;
 
 use crate::network::NetworkArg;
-use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume, signal};
+use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume};
 
 /// Runs each container in its own lightweight virtual machine.
 #[derive(Debug, Parser)]
@@ -46,6 +46,17 @@ pub struct Global {
     /// Say on standard error what is being done, and errors with all their causes
     #[arg(long, global = true)]
     pub debug: bool,
+}
+
+impl Global {
+    /// What was said about the parts of a VM.
+    pub fn parts(&self) -> Parts {
+        Parts {
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            qemu: self.qemu.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -156,7 +167,7 @@ pub struct Run {
     #[arg(long)]
     pub init: bool,
     /// Signal that stops the container [default: the image's, or TERM]
-    #[arg(long, value_name = "SIGNAL", value_parser = signal)]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal_number)]
     pub stop_signal: Option<i32>,
     /// Write the container's ID to a file
     #[arg(long, value_name = "FILE")]
@@ -232,7 +243,7 @@ pub struct Ps {
 #[derive(Debug, Args)]
 pub struct Kill {
     /// Signal, by name or number
-    #[arg(short, long, value_parser = signal, default_value = "KILL")]
+    #[arg(short, long, value_parser = signal_number, default_value = "KILL")]
     pub signal: i32,
     #[command(flatten)]
     pub on: Containers,
