@@ -84,11 +84,41 @@ pub enum Verb {
     Prune(Prune),
     /// Say what this host can do, and what it lacks
     Doctor,
+    /// Make the runtime known to docker, podman or containerd
+    Install(Install),
+    /// Take it out of their configuration again
+    Uninstall(Install),
     /// Print a completion script for a shell
     Completion {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// Whose configuration is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    /// /etc/docker/daemon.json
+    Docker,
+    /// /etc/containers/containers.conf.d/cloison.conf
+    Podman,
+    /// /etc/containerd/config.toml
+    Containerd,
+}
+
+#[derive(Debug, Args)]
+pub struct Install {
+    /// Whose configuration
+    pub program: Program,
+    /// Its file, where it is not at its usual place
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The runtime [default: cloison-runtime beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub runtime: Option<PathBuf>,
+    /// Only print what would be written
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// What both `run` and `exec` take.

@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cloison_net::Namespace;
-use cloison_sandbox::{
-    Agent, AgentError, Attached, ExitStatus, Network, Signals, Streams, Wiring,
-};
+use cloison_sandbox::{Agent, AgentError, Attached, ExitStatus, Network, Signals, Streams, Wiring};
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{ControlClient, VmSpec, monotonic};
 use oci_spec::runtime::Spec;

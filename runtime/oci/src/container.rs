@@ -6,12 +6,14 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{Home, Id, MonitorLock, Sandbox};
+use cloison_sandbox::{Home, HostCgroup, Id, MonitorLock, Sandbox};
 use cloison_vmm::Engine;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Spec;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -44,6 +46,8 @@ pub struct Record {
     pub engine: Engine,
     /// Why this engine, in words.
     pub engine_reason: String,
+    /// The cgroup of its processes on the host.
+    pub cgroup: PathBuf,
     /// How far it has come.
     pub phase: Phase,
     /// The process that stands for its init; 0 while there is none.
@@ -299,6 +303,10 @@ impl Container {
     /// Naming what could not be removed; it can be tried again.
     pub fn remove(&self) -> Result<()> {
         self.end()?;
+        // A record that cannot be read is of a container that never had a cgroup.
+        if let Ok(record) = self.record() {
+            HostCgroup::at(&record.cgroup)?.remove()?;
+        }
         Ok(self.sandbox().remove()?)
     }
 
@@ -311,8 +319,14 @@ impl Container {
         if let Some(pid) = self.monitor()?.filter(|pid| *pid > 0) {
             // One whose VM has ended goes by itself; one that has none yet is told.
             let pid = nix::unistd::Pid::from_raw(pid);
+            let watched = cloison_sandbox::pidfd(pid);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             MonitorLock::wait(&self.dir())?;
+            // It lets go of the lock a little before it is gone from its cgroup.
+            if let Ok(watched) = watched {
+                let mut fds = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::NONE).context("cannot wait for the monitor's end")?;
+            }
             // It may have launched a VM in the meantime, which follows it.
             self.sandbox().kill()?;
         }
@@ -322,7 +336,13 @@ impl Container {
 
 impl Record {
     /// A record of a container that is about to be made.
-    pub fn new(bundle: PathBuf, rootfs: PathBuf, engine: Engine, engine_reason: String) -> Self {
+    pub fn new(
+        bundle: PathBuf,
+        rootfs: PathBuf,
+        cgroup: PathBuf,
+        engine: Engine,
+        engine_reason: String,
+    ) -> Self {
         Self {
             version: VERSION,
             bundle,
@@ -330,6 +350,7 @@ impl Record {
             created: OffsetDateTime::from(SystemTime::now()),
             engine,
             engine_reason,
+            cgroup,
             phase: Phase::Creating,
             pid: 0,
         }

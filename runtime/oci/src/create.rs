@@ -82,7 +82,8 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     vm.validate()
         .context("cannot make a VM for this container")?;
 
-    let record = Record::new(bundle, plan.rootfs.clone(), engine, reason);
+    let rootfs = plan.rootfs.clone();
+    let record = Record::new(bundle, rootfs, plan.cgroup.clone(), engine, reason);
     let host_hooks = plan.hooks.clone();
     let container = Container::create(home, &args.container, &record, &text)?;
     let verb_lock = container.lock()?;

@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{Attached, Error, Home, Id, Lifeline, RawTerminal, Signals, Streams};
+use cloison_sandbox::{
+    Attached, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
+};
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
 
@@ -28,6 +30,8 @@ struct Job {
     container: Container,
     /// The container's monitor.
     monitor: i32,
+    /// The cgroup of its processes on the host.
+    cgroup: PathBuf,
     process: Process,
     console_socket: Option<PathBuf>,
 }
@@ -61,6 +65,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
     let job = Job {
         container,
         monitor: record.pid,
+        cgroup: record.cgroup,
         process,
         console_socket: console_socket.transpose()?,
     };
@@ -149,6 +154,7 @@ fn serve(job: Job, channel: UnixStream) -> u8 {
 
 fn stand_in(job: Job, channel: UnixStream) -> Result<u8> {
     let stdio = take_stdio()?;
+    HostCgroup::at(&job.cgroup)?.enter()?;
     network::enter(Path::new(&format!("/proc/{}/ns/net", job.monitor)))?;
     let (streams, sizes) = match (translate::terminal(&job.process), &job.console_socket) {
         (Some(size), Some(socket)) => {

@@ -68,6 +68,7 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let log = Log::new(&cli);
+    log.debug(format!("{:?}", cli.verb));
     let failed = match cli.verb {
         Some(Verb::Exec(_)) => EXEC_FAILED,
         _ => FAILED,

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use cloison_agent_api::agent::TtySize;
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, Error, ExitStatus, MonitorLock, Network, Running, Sandbox, Signals, Streams, Wiring,
-    enter_private_namespace,
+    Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Running, Sandbox,
+    Signals, Streams, Wiring, enter_private_namespace,
 };
 use cloison_vmm::VmSpec;
 use oci_spec::runtime::{Hook, Spec};
@@ -38,6 +38,19 @@ pub struct Job {
     pub vm: VmSpec,
     pub console_socket: Option<PathBuf>,
     pub log: Log,
+}
+
+impl Job {
+    /// The memory limit is for a container that has one itself: without, the VM's size is a default that promises nothing.
+    fn host_limits(&self) -> HostLimits {
+        HostLimits {
+            memory: self
+                .plan
+                .memory_is_limited()
+                .then(|| self.plan.size.on_host(self.vm.engine)),
+            ..self.plan.host_limits.clone()
+        }
+    }
 }
 
 /// A container that is ready to be made in a guest.
@@ -77,6 +90,9 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     let container = job.container.clone();
     let stdio = take_stdio()?;
     let _lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
+    let cgroup = HostCgroup::at(&job.plan.cgroup)?;
+    cgroup.create(&job.host_limits())?;
+    cgroup.enter()?;
     job.plan.network.enter()?;
     enter_private_namespace()?;
     channel::tell(&channel, &Report::Ready)?;
@@ -152,18 +168,15 @@ impl Ready {
                 agent.hello().await.map_err(Error::from)?;
                 // The hooks of the host, which may bring interfaces, ran while the guest booted.
                 channel.order().await?;
-                network
-                    .settle(&agent, &control)
-                    .await
-                    .context(NO_NETWORK)?;
+                network.settle(&agent, &control).await.context(NO_NETWORK)?;
                 self.make(&agent, &wiring, container, record, &mut channel)
                     .await?;
                 *made = true;
                 let followed = async {
                     // A container outlives the end of its network.
-                    if let Err(error) = network.follow(&agent, &control).await {
-                        self.log.warn(format!("the container's network is no longer followed: {error}"));
-                    }
+                    let Err(error) = network.follow(&agent, &control).await;
+                    let lost = "the container's network is no longer followed";
+                    self.log.warn(format!("{lost}: {error}"));
                     std::future::pending::<Infallible>().await
                 };
                 tokio::select! {

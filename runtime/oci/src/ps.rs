@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::Home;
+use cloison_sandbox::{Home, HostCgroup};
 
 use crate::args::Ps;
 use crate::container::{Container, Status};
@@ -14,8 +14,7 @@ pub fn ps(home: &Home, args: &Ps) -> Result<()> {
     let container = Container::find(home, &args.container)?;
     let (status, record) = container.status()?;
     ensure!(status != Status::Stopped, "container not running");
-    let mut pids = vec![record.pid.unsigned_abs()];
-    pids.extend(container.sandbox().pids());
+    let pids = HostCgroup::at(&record.cgroup)?.pids();
     if args.format == "json" {
         print(serde_json::to_string(&pids)?);
         return Ok(());

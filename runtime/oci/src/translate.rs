@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::VmSize;
+use cloison_sandbox::{HostLimits, VmSize};
 use cloison_vmm::EngineChoice;
 use oci_spec::runtime::{Hooks, HooksBuilder, Process, Spec};
 
@@ -35,6 +35,10 @@ pub struct Plan {
     pub size: VmSize,
     /// The network namespace of the VM.
     pub network: Network,
+    /// Limits of the VM's processes on the host, but for memory.
+    pub host_limits: HostLimits,
+    /// Their cgroup.
+    pub cgroup: PathBuf,
     /// What asks for an engine.
     pub engine: EngineChoice,
     /// Hooks that run on the host.
@@ -82,6 +86,8 @@ impl Plan {
             linux,
             network,
             size,
+            host: host_limits,
+            cgroup,
         } = linux::adapt(id, linux, &mut notes)?;
         let mounts = spec.mounts().clone().unwrap_or_default();
         let (mounts, binds) = mounts::adapt(mounts, bundle, &rootfs)?;
@@ -96,11 +102,24 @@ impl Plan {
             binds,
             size,
             network,
+            host_limits,
+            cgroup,
             engine,
             hooks: host,
             terminal,
             notes,
         })
+    }
+
+    /// Whether the container has a memory limit.
+    pub fn memory_is_limited(&self) -> bool {
+        let linux = self.guest.linux().as_ref();
+        let memory = linux
+            .and_then(|linux| linux.resources().as_ref())
+            .and_then(|resources| resources.memory().as_ref());
+        memory
+            .and_then(|memory| memory.limit())
+            .is_some_and(|limit| limit > 0)
     }
 
     /// The spec for the agent: `rootfs` and `sources` (one for each of [`Plan::binds`]) are where the guest has them.

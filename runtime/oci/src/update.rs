@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Read;
 
 use anyhow::{Context, Result, ensure};
-use cloison_sandbox::Home;
+use cloison_sandbox::{Home, HostCgroup};
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder,
 };
@@ -16,13 +16,13 @@ use crate::{runtime, translate};
 /// Changes the limits.
 pub fn update(home: &Home, args: &Update) -> Result<()> {
     let container = Container::find(home, &args.container)?;
-    let (status, _) = container.status()?;
+    let (status, record) = container.status()?;
     ensure!(
         !matches!(status, Status::Stopped | Status::Creating),
         "container not running: it is {}",
         status.word()
     );
-    let resources = translate::update(resources(args)?)?;
+    let (resources, host) = translate::update(resources(args)?)?;
     if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()) {
         fits(&container, limit)?;
     }
@@ -31,7 +31,8 @@ pub fn update(home: &Home, args: &Update) -> Result<()> {
         agent.hello().await?;
         agent.update(container.id().as_str(), &resources).await?;
         anyhow::Ok(())
-    })
+    })?;
+    Ok(HostCgroup::at(&record.cgroup)?.limit(&host)?)
 }
 
 /// A VM has the memory it was started with: a higher limit would be a promise that nobody can keep.

@@ -418,6 +418,8 @@ impl Agent {
         answer
             .map(drop)
             .map_err(|e| AgentError::new("remove a network interface", e))
+    }
+
     /// Suspends a container's processes.
     ///
     /// # Errors

@@ -53,6 +53,22 @@ pub enum Error {
         /// Where it was looked for.
         places: String,
     },
+    /// A cgroup of the host could not be used.
+    #[error("cannot {what} the cgroup {path}")]
+    Cgroup {
+        /// Verb.
+        what: &'static str,
+        /// Below the hierarchies' roots.
+        path: String,
+        /// What went wrong.
+        source: Box<cgroups_rs::fs::error::Error>,
+    },
+    /// A limit needs a controller that the host does not have.
+    #[error("the host has no cgroup controller \"{name}\", which a limit needs")]
+    NoController {
+        /// Its name.
+        name: &'static str,
+    },
     /// The VM process could not be started.
     #[error("cannot start the VM process")]
     Launch(#[source] cloison_vmm::LaunchError),

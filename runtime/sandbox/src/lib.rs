@@ -4,6 +4,7 @@
 
 mod agent;
 mod attached;
+mod cgroup;
 mod error;
 mod home;
 mod host;
@@ -21,13 +22,14 @@ mod terminal;
 
 pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
 pub use attached::Attached;
+pub use cgroup::{HostCgroup, HostLimits};
 pub use error::Error;
 pub use home::Home;
 pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};
 pub use id::{Id, InvalidName, Name};
-pub use network::Network;
 pub use lock::MonitorLock;
 pub use mounts::{BindOptions, enter_private_namespace};
+pub use network::Network;
 pub use parts::Parts;
 pub use sandbox::{Running, Sandbox};
 pub use shared::Shared;

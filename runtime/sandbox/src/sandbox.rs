@@ -191,19 +191,6 @@ impl Sandbox {
         Ok(status.memory_mib)
     }
 
-    /// The processes of the VM on the host: its own, and the engine's.
-    pub fn pids(&self) -> Vec<u32> {
-        let status = self
-            .control()
-            .ok()
-            .and_then(|control| control.status().ok());
-        status.map_or_else(Vec::new, |status| {
-            std::iter::once(status.pid)
-                .chain(status.engine_pids)
-                .collect()
-        })
-    }
-
     /// Connects to the VM process.
     ///
     /// # Errors

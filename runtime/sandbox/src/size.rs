@@ -1,11 +1,18 @@
 //! How large a VM must be for the limits of what runs in it.
 
+use cloison_vmm::Engine;
+
 /// Memory of a VM whose container has no limit, MiB.
 const DEFAULT_MEMORY_MIB: u32 = 1024;
 /// What the guest itself needs beside a container that uses all of its limit, MiB: kernel, agent, page tables.
 const GUEST_OVERHEAD_MIB: u32 = 96;
 /// The least a container can be limited to, MiB; docker's limit too.
 const MIN_MEMORY_MIB: u64 = 6;
+
+/// What a VM's processes on the host need beside the guest's memory, MiB: on the KVM engine the VM process itself, on the software
+/// engine QEMU and the code it has translated as well.
+const HOST_OVERHEAD_KVM_MIB: u64 = 64;
+const HOST_OVERHEAD_SOFTWARE_MIB: u64 = 512;
 
 /// A VM's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +35,15 @@ pub enum LimitError {
 }
 
 impl VmSize {
+    /// What the VM's processes on the host may use with this much guest memory, bytes.
+    pub fn on_host(self, engine: Engine) -> u64 {
+        let overhead = match engine {
+            Engine::Kvm => HOST_OVERHEAD_KVM_MIB,
+            Engine::Software => HOST_OVERHEAD_SOFTWARE_MIB,
+        };
+        (u64::from(self.memory_mib) + overhead) << 20
+    }
+
     /// The size for a container that may use `memory` bytes and `milli_cpus` thousandths of a CPU; `None` is no limit.
     ///
     /// # Errors

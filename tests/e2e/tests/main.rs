@@ -21,6 +21,7 @@ mod faults;
 mod isolation;
 mod limits;
 mod mounts;
+mod oci;
 mod process;
 mod profile;
 mod signals;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::VmSize;
+use cloison_sandbox::{HostCgroup, HostLimits, VmSize};
 use oci_spec::runtime::{
     Linux, LinuxCpu, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
     LinuxNamespaceType, LinuxResources,
@@ -34,12 +34,17 @@ pub(super) struct Adapted {
     pub linux: Linux,
     pub network: Network,
     pub size: VmSize,
+    pub host: HostLimits,
+    pub cgroup: PathBuf,
 }
 
 pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Result<Adapted> {
     let network = adapt_namespaces(&mut linux)?;
+    let given = linux.cgroups_path().clone();
+    let given = given.filter(|path| !path.as_os_str().is_empty());
+    let cgroup = given.unwrap_or_else(|| HostCgroup::default_path(id));
     // In the guest each container has a place of its own; the host's path is for the VM's processes.
-    linux.set_cgroups_path(Some(PathBuf::from("/cloison").join(id)));
+    linux.set_cgroups_path(Some(HostCgroup::default_path(id)));
     for (name, given) in [
         ("intelRdt", linux.intel_rdt().is_some()),
         ("memoryPolicy", linux.memory_policy().is_some()),
@@ -62,33 +67,35 @@ pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Resu
         ));
     }
     linux.set_mount_label(None);
-    let size = match linux.resources().clone() {
+    let (size, host) = match linux.resources().clone() {
         Some(mut resources) => {
             let size = size(&resources)?;
-            adapt_resources(&mut resources)?;
+            let host = adapt_resources(&mut resources)?;
             adapt_devices(&mut linux, is_privileged(&resources), notes)?;
             linux.set_resources(Some(resources));
-            size
+            (size, host)
         }
         None => {
             adapt_devices(&mut linux, false, notes)?;
-            VmSize::for_limits(None, None)?
+            (VmSize::for_limits(None, None)?, HostLimits::default())
         }
     };
     Ok(Adapted {
         linux,
         network,
         size,
+        host,
+        cgroup,
     })
 }
 
-/// Resources for the guest from those an update brings.
+/// Resources for the guest from those an update brings, and the host's part of them.
 ///
 /// # Errors
 /// Naming what cannot be done.
-pub fn update(mut resources: LinuxResources) -> Result<LinuxResources> {
-    adapt_resources(&mut resources)?;
-    Ok(resources)
+pub fn update(mut resources: LinuxResources) -> Result<(LinuxResources, HostLimits)> {
+    let host = adapt_resources(&mut resources)?;
+    Ok((resources, host))
 }
 
 fn adapt_namespaces(linux: &mut Linux) -> Result<Network> {
@@ -167,24 +174,19 @@ fn milli_cpus(cpu: &LinuxCpu) -> Option<u32> {
     u32::try_from(quota.saturating_mul(1000).div_ceil(period)).ok()
 }
 
-/// Refuses limits that only the host's kernel could enforce.
-fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
-    if let Some(cpu) = resources.cpu().clone() {
-        for (name, given) in [
-            ("cpus", cpu.cpus().as_ref().is_some_and(|c| !c.is_empty())),
-            ("mems", cpu.mems().as_ref().is_some_and(|m| !m.is_empty())),
-        ] {
-            ensure!(
-                !given,
-                "config.json: linux.resources.cpu.{name} is not supported: it names CPUs of the host"
-            );
-        }
+/// Takes out limits that the host enforces, and refuses those that nobody can.
+fn adapt_resources(resources: &mut LinuxResources) -> Result<HostLimits> {
+    let mut host = HostLimits::default();
+    if let Some(mut cpu) = resources.cpu().clone() {
         ensure!(
             cpu.realtime_runtime().unwrap_or(0) == 0 && cpu.realtime_period().unwrap_or(0) == 0,
             "config.json: linux.resources.cpu: real-time limits are not supported"
         );
-        let mut cpu = cpu;
-        // Callers send empty and zero values for what nobody asked for.
+        // Callers send empty and zero values for what nobody asked for. The CPUs named are the host's, and so is the competition that
+        // shares are about.
+        host.cpus = cpu.cpus().clone().filter(|cpus| !cpus.is_empty());
+        host.mems = cpu.mems().clone().filter(|mems| !mems.is_empty());
+        host.cpu_shares = cpu.shares().filter(|shares| *shares > 0);
         cpu.set_cpus(None)
             .set_mems(None)
             .set_realtime_runtime(None)
@@ -230,7 +232,7 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<()> {
         "config.json: linux.resources.rdma is not supported: the guest has no RDMA devices"
     );
     resources.set_rdma(None);
-    Ok(())
+    Ok(host)
 }
 
 /// A rule allows every device there is, as callers say for privileged containers.
