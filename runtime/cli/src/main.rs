@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     let called = Path::new(&called).file_name().unwrap_or_default();
     match called.to_str() {
         Some(cloison_vmm::VM_PROCESS_NAME) => cloison_vmm::vm_main(),
+        Some(cloison_sandbox::OOM_PROCESS_NAME) => cloison_sandbox::oom_main(),
         Some(cloison_oci::NAME) => cloison_oci::main(),
         Some(name @ "containerd-shim-cloison-v2") => {
             eprintln!(

@@ -135,11 +135,17 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         sizes,
         first_size,
         hooks,
-        log: job.log,
+        log: job.log.clone(),
     };
     let mut record = job.record;
     record.pid = std::process::id().cast_signed();
-    runtime()?.block_on(ready.run(&container, &record, channel, made))
+    let ended = runtime()?.block_on(ready.run(&container, &record, channel, made))?;
+    if ended.oom_killed
+        && let Err(error) = cgroup.report_oom()
+    {
+        job.log.warn(format!("{:#}", anyhow::Error::from(error)));
+    }
+    Ok(ended)
 }
 
 impl Ready {

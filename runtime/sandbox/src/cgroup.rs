@@ -4,7 +4,9 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Component, Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 
 use cgroups_rs::CgroupPid;
 use cgroups_rs::fs::cgroup::Cgroup;
@@ -22,6 +24,13 @@ use crate::{Error, host};
 const DEFAULT_PARENT: &str = "cloison";
 /// How long a process that was killed may take to be gone, milliseconds.
 const END_TIMEOUT_MS: u16 = 5_000;
+
+/// `argv[0]` of the process that is killed for lack of memory: the executable calls [`oom_main`] when it sees it.
+pub const OOM_PROCESS_NAME: &str = "cloison-oom";
+/// What that process may use before it takes memory, bytes.
+const OOM_ROOM: u64 = 8 << 20;
+/// What it takes at most, bytes.
+const OOM_APPETITE: usize = 64 << 20;
 
 /// A cgroup, in each of the host's hierarchies.
 pub struct HostCgroup {
@@ -123,6 +132,30 @@ impl HostCgroup {
             .map_err(self.failed("enter"))
     }
 
+    /// Has the host's kernel report that the OOM killer has struck in this cgroup, as it has in the guest's, where the host's kernel
+    /// does not see it. Callers read that of the host's cgroup: its limit is lowered to what is used by now, and a process that
+    /// wants more ([`oom_main`]) is killed for it. For a cgroup whose VM is gone, by the last process in it.
+    ///
+    /// # Errors
+    /// When the limit cannot be lowered or the process not be started.
+    pub fn report_oom(&self) -> Result<(), Error> {
+        let memory: &MemController = self.controller("memory")?;
+        let used = memory.memory_stat().usage_in_bytes;
+        memory
+            .set_limit(i64::try_from(used + OOM_ROOM).unwrap_or(i64::MAX))
+            .map_err(self.failed("lower the limit of"))?;
+        let victim = Command::new("/proc/self/exe")
+            .arg0(OOM_PROCESS_NAME)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        victim
+            .map(drop)
+            .map_err(Error::system("report the guest's lack of memory"))
+    }
+
     /// The processes in it.
     pub fn pids(&self) -> Vec<u32> {
         let all = self.cgroup.procs().into_iter();
@@ -159,6 +192,20 @@ impl HostCgroup {
             source: Box::new(source),
         }
     }
+}
+
+/// The body of the process that [`HostCgroup::report_oom`] starts: it takes memory, a bounded amount, until it is killed for it.
+pub fn oom_main() -> ExitCode {
+    // Nobody else in the cgroup shall be hit instead.
+    if std::fs::write("/proc/self/oom_score_adj", "1000").is_err() {
+        return ExitCode::FAILURE;
+    }
+    let mut taken = vec![0_u8; OOM_APPETITE];
+    for page in taken.chunks_mut(4096) {
+        page[0] = 1;
+    }
+    std::hint::black_box(&taken);
+    ExitCode::SUCCESS
 }
 
 /// Kills a process and waits until it is gone.

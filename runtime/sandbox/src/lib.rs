@@ -22,7 +22,7 @@ mod terminal;
 
 pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
 pub use attached::Attached;
-pub use cgroup::{HostCgroup, HostLimits};
+pub use cgroup::{HostCgroup, HostLimits, OOM_PROCESS_NAME, oom_main};
 pub use error::Error;
 pub use home::Home;
 pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};

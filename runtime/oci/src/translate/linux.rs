@@ -10,7 +10,7 @@ use oci_spec::runtime::{
     LinuxNamespaceType, LinuxResources,
 };
 
-use crate::network::Network;
+use crate::network::{HOSTS_NETWORK, Network};
 
 /// CFS period when none is given, microseconds (Documentation/scheduler/sched-bwc.rst).
 const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
@@ -80,6 +80,7 @@ pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Resu
             (VmSize::for_limits(None, None)?, HostLimits::default())
         }
     };
+    network.refuse_the_hosts()?;
     Ok(Adapted {
         linux,
         network,
@@ -103,9 +104,7 @@ fn adapt_namespaces(linux: &mut Linux) -> Result<Network> {
     let find = |typ| given.iter().find(|n: &&LinuxNamespace| n.typ() == typ);
     let path = |n: &LinuxNamespace| n.path().clone().filter(|p| !p.as_os_str().is_empty());
     let network = match find(LinuxNamespaceType::Network) {
-        None => bail!(
-            "config.json: without a network namespace the container would have the host's network, which a VM cannot have: give it a network namespace"
-        ),
+        None => bail!("config.json has no network namespace: {HOSTS_NETWORK}"),
         Some(namespace) => path(namespace).map_or(Network::Fresh, Network::At),
     };
     let mut namespaces = Vec::new();
@@ -187,11 +186,24 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<HostLimits> {
         host.cpus = cpu.cpus().clone().filter(|cpus| !cpus.is_empty());
         host.mems = cpu.mems().clone().filter(|mems| !mems.is_empty());
         host.cpu_shares = cpu.shares().filter(|shares| *shares > 0);
-        cpu.set_cpus(None)
+        let (shares, quota, period) = (cpu.shares(), cpu.quota(), cpu.period());
+        cpu.set_shares(shares.filter(|shares| *shares > 0))
+            .set_quota(quota.filter(|quota| *quota != 0))
+            .set_period(period.filter(|period| *period > 0))
+            .set_cpus(None)
             .set_mems(None)
             .set_realtime_runtime(None)
             .set_realtime_period(None);
         resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut memory) = *resources.memory() {
+        let given = |limit: Option<i64>| limit.filter(|limit| *limit != 0);
+        let (limit, reservation, swap) = (memory.limit(), memory.reservation(), memory.swap());
+        memory
+            .set_limit(given(limit))
+            .set_reservation(given(reservation))
+            .set_swap(given(swap));
+        resources.set_memory(Some(memory));
     }
     if let Some(block) = resources.block_io() {
         let throttled = [block.weight_device()]
