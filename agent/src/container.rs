@@ -22,7 +22,7 @@ use crate::reaper::Reaper;
 use crate::report::{Create, Exec, Request, Update};
 use crate::spawn::{self, Reports};
 use crate::spec::{self, ContainerSpec, Defaults};
-use crate::stdio::{Ports, Stdio, Streams};
+use crate::stdio::{self, Ports, Stdio, Streams};
 
 /// Most execs of one container that are remembered, running and ended. The oldest ended ones are forgotten first.
 const MAX_EXECS: usize = 1024;
@@ -143,6 +143,9 @@ impl Container {
 
     async fn try_create(&self, spec: ContainerSpec, ports: Ports) -> Result<Pid> {
         self.allow_devices(&spec.devices)?;
+        for (file, value) in &spec.network_settings {
+            fs::write(file, value).doing(|| format!("writing {value:?} to {}", file.display()))?;
+        }
         let owner = self.defaults.outside(spec.workload.uid);
         let terminal = spec.workload.terminal.is_some();
         let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
@@ -218,13 +221,14 @@ impl Container {
         Ok(())
     }
 
-    /// Runs one more process in it.
+    /// Runs one more process in it, which is killed at the end of the stream from the host's port `lifeline`, if that is not 0.
     pub async fn exec(
         &self,
         id: ExecId,
         process: &[u8],
         ports: Ports,
         window: Option<(u16, u16)>,
+        lifeline: u32,
     ) -> Result<Pid> {
         let mut spec = spec::exec(process, &self.defaults, window)?;
         self.require("exec in", Status::Running)?;
@@ -232,7 +236,7 @@ impl Container {
             spec.workload.user_namespace_of = self.init().map(|init| init.pid().as_raw());
         }
         self.claim(&id)?;
-        let result = self.try_exec(&id, spec, ports).await;
+        let result = self.try_exec(&id, spec, ports, lifeline).await;
         let mut execs = lock(&self.execs);
         match result {
             Ok(process) => {
@@ -252,9 +256,11 @@ impl Container {
         id: &ExecId,
         spec: spec::ExecSpec,
         ports: Ports,
+        lifeline: u32,
     ) -> Result<Arc<Process>> {
         let owner = self.defaults.outside(spec.workload.uid);
         let terminal = spec.workload.terminal.is_some();
+        let lifeline = stdio::stream(&*self.shared.connect, lifeline).await?;
         let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
         let file = bundle(&self.id).join(format!("exec-{id}.json"));
         fs::write(&file, &spec.process).doing(|| format!("writing {}", file.display()))?;
@@ -270,7 +276,11 @@ impl Container {
         drop(changing);
         // The helper has read it.
         let _ = fs::remove_file(&file);
-        launched.map(|(process, _)| process)
+        let (process, _) = launched?;
+        if let Some(lifeline) = lifeline {
+            Process::tie(&process, lifeline)?;
+        }
+        Ok(process)
     }
 
     /// Takes an exec ID. The ID of a process that has ended may be taken again.

@@ -1,12 +1,15 @@
 //! One process the host knows by name: a container's init or an exec. From its start to its end and beyond, as long as
 //! somebody may ask how it ended.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::unistd::Pid;
+use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::connect::Stream;
 use crate::error::{Doing, Error, Result};
 use crate::reaper::{Exit, ExitWatch, ended};
 use crate::stdio::Streams;
@@ -14,6 +17,8 @@ use crate::sys;
 
 /// Highest signal number of Linux (signal(7): SIGRTMAX).
 const MAX_SIGNAL: u32 = 64;
+
+const KILL: u32 = libc::SIGKILL as u32;
 
 /// How a process ended, and why.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +57,26 @@ impl Process {
             }
         });
         process
+    }
+
+    /// Kills the process when the host's end of `lifeline` is closed, whatever else comes through it.
+    pub fn tie(process: &Arc<Self>, lifeline: OwnedFd) -> Result<()> {
+        let mut lifeline = Stream::new(lifeline).doing(|| "watching a lifeline".into())?;
+        let process = Arc::clone(process);
+        tokio::spawn(async move {
+            let cut = async {
+                let mut ignored = [0; 64];
+                while let Ok(1..) = lifeline.read(&mut ignored).await {}
+            };
+            tokio::select! {
+                () = cut => {
+                    // It may have ended at the same moment.
+                    let _ = process.signal(KILL);
+                }
+                _ = process.ended() => {}
+            }
+        });
+        Ok(())
     }
 
     pub fn pid(&self) -> Pid {

@@ -114,7 +114,7 @@ impl Service {
         let window = window(request.tty_size.as_ref())?;
         let ports = ports(request.stdio.as_ref());
         container
-            .exec(exec, &request.process, ports, window)
+            .exec(exec, &request.process, ports, window, request.lifeline)
             .await
             .map(process_response)
     }

@@ -15,10 +15,11 @@
 //! - leaves an exec outside the container's user namespace,
 //! - looks names up through the C library, which in a static program loads the container's own NSS modules.
 
+use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
-    LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     LinuxSeccompAction, PosixRlimit, Process, Spec, User,
 };
 
@@ -71,6 +72,8 @@ pub struct ContainerSpec {
     /// How many CPUs it may use; `None`: all.
     pub cpus: Option<u32>,
     pub devices: Vec<Rule>,
+    /// Settings of the guest's own network, which is the container's: a file below /proc/sys, and what to write into it.
+    pub network_settings: Vec<(PathBuf, String)>,
     pub defaults: Defaults,
 }
 
@@ -132,6 +135,16 @@ pub fn container(
         .any(|n| n.typ() == LinuxNamespaceType::Network && n.path().is_none());
     linux.set_namespaces(Some(namespaces));
 
+    let own_network = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|n| n.typ() == LinuxNamespaceType::Network);
+    let network_settings = match own_network {
+        true => Vec::new(),
+        false => take_network_settings(&mut linux)?,
+    };
+
     let seccomp = linux.seccomp().clone();
     if let Some(seccomp) = &seccomp {
         refuse_notification(seccomp)?;
@@ -168,6 +181,7 @@ pub fn container(
         cgroup,
         cpus,
         devices,
+        network_settings,
         defaults,
     })
 }
@@ -309,6 +323,34 @@ fn refuse_host_hooks(spec: &Spec) -> Result<()> {
         Some((name, _)) => Err(invalid(format!("hooks.{name} must be run by the host"))),
         None => Ok(()),
     }
+}
+
+/// Takes out the settings of the network, which libcontainer refuses where that is not the container's alone. Here it is.
+fn take_network_settings(linux: &mut Linux) -> Result<Vec<(PathBuf, String)>> {
+    let Some(all) = linux.sysctl().clone() else {
+        return Ok(Vec::new());
+    };
+    let (network, others): (HashMap<_, _>, HashMap<_, _>) = all
+        .into_iter()
+        .partition(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
+    linux.set_sysctl(Some(others));
+    let files = network
+        .into_iter()
+        .map(|(name, value)| Ok((setting(&name)?, value)));
+    files.collect()
+}
+
+/// The file of a sysctl. Its parts are separated by dots, or by slashes where one of them has a dot in it (sysctl(8)).
+fn setting(name: &str) -> Result<PathBuf> {
+    let separator = if name.contains('/') { '/' } else { '.' };
+    let mut file = PathBuf::from("/proc/sys");
+    for part in name.split(separator) {
+        if part.is_empty() || part == "." || part == ".." || part.contains(['/', '\0']) {
+            return Err(invalid(format!("linux.sysctl {name:?} is not a name")));
+        }
+        file.push(part);
+    }
+    Ok(file)
 }
 
 /// A listener's socket would be the host's; nothing carries the descriptor there.

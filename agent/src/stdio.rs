@@ -158,7 +158,8 @@ impl Stdio {
     }
 }
 
-async fn stream(connect: &dyn Connect, port: u32) -> Result<Option<OwnedFd>> {
+/// The stream from a port of the host; none for port 0.
+pub async fn stream(connect: &dyn Connect, port: u32) -> Result<Option<OwnedFd>> {
     if port == 0 {
         return Ok(None);
     }

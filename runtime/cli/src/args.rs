@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloison_image::Reference;
-use cloison_sandbox::{Home, Name};
+use cloison_sandbox::{Home, Name, Parts, signal_number};
 use cloison_vmm::EngineChoice;
 
 use crate::network::NetworkOptions;
-use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume, signal};
+use crate::values::{Bytes, EnvVar, MilliCpus, Tmpfs, Ulimit, Volume};
 
 /// Runs each container in its own lightweight virtual machine.
 #[derive(Debug, Parser)]
@@ -48,6 +48,17 @@ pub struct Global {
     pub debug: bool,
 }
 
+impl Global {
+    /// What was said about the parts of a VM.
+    pub fn parts(&self) -> Parts {
+        Parts {
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            qemu: self.qemu.clone(),
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Create a container from an image and run a command in it
@@ -76,6 +87,10 @@ pub enum Verb {
     Network(NetworkVerb),
     /// Say what this host can do, and what it lacks
     Doctor,
+    /// Make the runtime known to docker, podman or containerd
+    Install(Install),
+    /// Take it out of their configuration again
+    Uninstall(Install),
     /// Print a completion script for a shell
     Completion {
         /// The shell
@@ -127,6 +142,32 @@ pub struct NetworkNames {
     /// Networks, by name
     #[arg(required = true)]
     pub networks: Vec<String>,
+}
+
+/// Whose configuration is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    /// /etc/docker/daemon.json
+    Docker,
+    /// /etc/containers/containers.conf.d/cloison.conf
+    Podman,
+    /// /etc/containerd/config.toml
+    Containerd,
+}
+
+#[derive(Debug, Args)]
+pub struct Install {
+    /// Whose configuration
+    pub program: Program,
+    /// Its file, where it is not at its usual place
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The runtime [default: cloison-runtime beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub runtime: Option<PathBuf>,
+    /// Only print what would be written
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// What both `run` and `exec` take.
@@ -204,7 +245,7 @@ pub struct Run {
     #[arg(long)]
     pub init: bool,
     /// Signal that stops the container [default: the image's, or TERM]
-    #[arg(long, value_name = "SIGNAL", value_parser = signal)]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal_number)]
     pub stop_signal: Option<i32>,
     /// Write the container's ID to a file
     #[arg(long, value_name = "FILE")]
@@ -280,7 +321,7 @@ pub struct Ps {
 #[derive(Debug, Args)]
 pub struct Kill {
     /// Signal, by name or number
-    #[arg(short, long, value_parser = signal, default_value = "KILL")]
+    #[arg(short, long, value_parser = signal_number, default_value = "KILL")]
     pub signal: i32,
     #[command(flatten)]
     pub on: Containers,

@@ -5,7 +5,6 @@
 //! waiting for a container is waiting for its lock.
 
 mod find;
-mod lock;
 mod record;
 
 use std::fs;
@@ -19,8 +18,8 @@ use oci_spec::runtime::Spec;
 
 use crate::network;
 
+pub use cloison_sandbox::MonitorLock;
 pub use find::{all, find};
-pub use lock::MonitorLock;
 pub use record::{Record, State, now};
 
 /// A container that exists on disk.
@@ -187,7 +186,7 @@ impl Container {
     /// When either cannot be read.
     pub fn life(&self) -> Result<(Life, Record)> {
         // In this order: a monitor saves its last record before it lets go of the lock.
-        let monitored = lock::holder(&self.sandbox_dir())?.is_some();
+        let monitored = MonitorLock::holder(&self.sandbox_dir())?.is_some();
         let record = self.record()?;
         let life = match (&record.state, monitored) {
             (State::Exited { .. }, _) => Life::Exited,
@@ -203,7 +202,7 @@ impl Container {
     /// # Errors
     /// When its record cannot be read.
     pub fn wait(&self) -> Result<Option<Record>> {
-        lock::wait(&self.sandbox_dir())?;
+        MonitorLock::wait(&self.sandbox_dir())?;
         if !self.sandbox_dir().exists() {
             return Ok(None);
         }
@@ -215,7 +214,7 @@ impl Container {
     /// # Errors
     /// Naming what could not be removed; it can be tried again.
     pub fn remove(&self) -> Result<()> {
-        if let Some(monitor) = lock::holder(&self.sandbox_dir())? {
+        if let Some(monitor) = MonitorLock::holder(&self.sandbox_dir())? {
             self.sandbox().kill()?;
             // A monitor whose VM has ended records that and goes, or removes the container itself.
             end_process(monitor)?;

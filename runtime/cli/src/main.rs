@@ -8,9 +8,7 @@ mod exit;
 mod log;
 mod monitor;
 mod network;
-mod parts;
 mod profile;
-mod signals;
 mod spec;
 mod terminal;
 mod values;
@@ -25,7 +23,9 @@ fn main() -> ExitCode {
     let called = Path::new(&called).file_name().unwrap_or_default();
     match called.to_str() {
         Some(cloison_vmm::VM_PROCESS_NAME) => cloison_vmm::vm_main(),
-        Some(name @ ("cloison-runtime" | "containerd-shim-cloison-v2")) => {
+        Some(cloison_sandbox::OOM_PROCESS_NAME) => cloison_sandbox::oom_main(),
+        Some(cloison_oci::NAME) => cloison_oci::main(),
+        Some(name @ "containerd-shim-cloison-v2") => {
             eprintln!(
                 "{name}: this front door is not built yet; use \"cloison run\" (see docs/limitations.md)"
             );

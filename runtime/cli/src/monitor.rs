@@ -3,26 +3,19 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cloison_sandbox::{Agent, AgentError, ExitStatus, Network, Running, Streams, Wiring};
+use cloison_sandbox::{Agent, AgentError, Attached, ExitStatus, Network, Signals, Streams, Wiring};
 use cloison_vmm::probe::Probed;
-use cloison_vmm::{ControlClient, EndReason, VmSpec, monotonic};
+use cloison_vmm::{ControlClient, VmSpec, monotonic};
 use oci_spec::runtime::Spec;
 
-use crate::attached::{Attached, Outcome};
+use crate::attached::{self, Outcome};
 use crate::container::{Container, MonitorLock, Record, State, now};
 use crate::exit::{self, Failed};
 use crate::network::{self, Source};
 use crate::profile::Profile;
-use crate::signals::Signals;
 use crate::terminal;
-
-/// How long an orderly shutdown of a guest may take before its VM is ended without.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the end of a VM may take to show after its agent was lost.
-const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 const NO_NETWORK: &str = "cannot connect the container to its network";
 
@@ -99,7 +92,7 @@ impl Monitor {
         &mut self,
         started: impl FnOnce(&Container) -> Result<()>,
     ) -> Result<ExitStatus, Failed> {
-        let mut signals = Signals::catch()?;
+        let mut signals = Signals::of_a_front_end().map_err(anyhow::Error::from)?;
         let streams = std::mem::take(&mut self.streams);
         let sandbox = self.container.sandbox();
         let source = std::mem::replace(&mut self.source, Source::None);
@@ -131,13 +124,16 @@ impl Monitor {
             }
         }
         if matches!(lived, Ok(Outcome::Exited(_))) {
-            // What the guest has not written back by then, it had no reason to believe written.
-            if let Ok(Err(error)) = tokio::time::timeout(SHUTDOWN_TIMEOUT, agent.shutdown()).await {
-                tracing::debug!("{error}");
-            }
+            vm.shut_down().await;
         }
         let lived = match lived {
-            Err(lost) if agent_is_lost(&lost) => Err(why_lost(&mut vm, lost).await),
+            Err(lost) => {
+                let better = match agent_error(&lost) {
+                    Some(agent) => vm.why_lost(agent).await,
+                    None => None,
+                };
+                Err(better.map_or(lost, anyhow::Error::from))
+            }
             other => other,
         };
         if let Some(profile) = &mut self.profile {
@@ -166,7 +162,7 @@ impl Monitor {
         started: impl FnOnce(&Container) -> Result<()>,
     ) -> Result<Outcome> {
         let id = self.container.id().clone();
-        let terminal = self.record.tty;
+        let tty = self.record.tty;
         let spec = self.spec.clone();
         let stdio = wiring.stdio.clone();
         let Guest {
@@ -191,7 +187,7 @@ impl Monitor {
                 "the guest is up"
             );
             let up = monotonic();
-            let size = terminal.then(terminal::size).flatten();
+            let size = tty.then(terminal::size).flatten();
             let created = async {
                 let created = agent.create(id.as_str(), &spec, stdio, size).await;
                 created.map_err(anyhow::Error::from)
@@ -235,11 +231,11 @@ impl Monitor {
             agent,
             container: id.as_str(),
             exec_id: "",
-            terminal,
+            size: &|| tty.then(terminal::size).flatten(),
         };
         let lived = tokio::select! {
             biased;
-            ended = attached.wait(wiring, signals) => ended,
+            ended = attached::wait(&attached, wiring, signals) => ended,
             never = follow(network.as_mut(), guest) => match never {},
         };
         drop(held);
@@ -278,22 +274,10 @@ async fn follow(network: Option<&mut Network>, guest: &Guest) -> Infallible {
     std::future::pending().await
 }
 
-fn agent_is_lost(error: &anyhow::Error) -> bool {
-    use cloison_sandbox::Error;
-    let agent = match error.downcast_ref() {
-        Some(Error::Interface { source, .. }) => match &**source {
-            Error::Agent(agent) => Some(agent),
-            _ => None,
-        },
-        _ => error.downcast_ref::<AgentError>(),
-    };
-    agent.is_some_and(|e| e.failure == cloison_sandbox::Failure::Other)
-}
-
-/// A lost agent is most often a VM that has ended, which says more.
-async fn why_lost(vm: &mut Running, lost: anyhow::Error) -> anyhow::Error {
-    match tokio::time::timeout(END_TIMEOUT, vm.ended()).await {
-        Ok(Ok(end)) if end.reason != EndReason::Killed => cloison_sandbox::Error::from(end).into(),
-        _ => lost,
+/// The agent's error, if that is what it is.
+fn agent_error(error: &anyhow::Error) -> Option<&AgentError> {
+    match error.downcast_ref::<cloison_sandbox::Error>() {
+        Some(error) => error.agent(),
+        None => error.downcast_ref(),
     }
 }

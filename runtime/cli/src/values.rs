@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use nix::sys::signal::Signal;
-
 /// A value that makes no sense; the text says what would.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -320,42 +318,6 @@ impl EnvVar {
     }
 }
 
-/// The first real-time signal that C libraries leave to programs.
-const RT_MIN: i32 = 34;
-/// The last signal there is.
-const RT_MAX: i32 = 64;
-
-/// A signal by name ("TERM", "SIGTERM") or number.
-///
-/// # Errors
-/// When there is no such signal.
-pub fn signal(text: &str) -> Result<i32, BadValue> {
-    let upper = text.to_ascii_uppercase();
-    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    if let Ok(signal) = format!("SIG{name}").parse::<Signal>() {
-        return Ok(signal as i32);
-    }
-    let distance = |rest: &str, sign: char| match rest.strip_prefix(sign) {
-        Some(digits) => digits.parse::<u8>().ok().map(i32::from),
-        None => rest.is_empty().then_some(0),
-    };
-    let number = if let Some(rest) = name.strip_prefix("RTMIN") {
-        distance(rest, '+').map(|n| RT_MIN + n)
-    } else if let Some(rest) = name.strip_prefix("RTMAX") {
-        distance(rest, '-')
-            .map(|n| RT_MAX - n)
-            .filter(|n| *n >= RT_MIN)
-    } else {
-        name.parse().ok()
-    };
-    match number {
-        Some(number @ 1..=RT_MAX) => Ok(number),
-        _ => bad(format!(
-            "\"{text}\" is not a signal: give a name such as TERM, or a number from 1 to {RT_MAX}"
-        )),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -486,35 +448,5 @@ mod tests {
         );
         assert!(EnvVar::parse_file("=1").is_err());
         refused::<EnvVar>(&["", "=x", "a\0=x"]);
-    }
-
-    #[test]
-    fn signals_have_names_and_numbers() {
-        for (text, number) in [
-            ("TERM", 15),
-            ("SIGKILL", 9),
-            ("hup", 1),
-            ("2", 2),
-            ("RTMIN+3", 37),
-            ("SIGRTMAX-1", 63),
-            ("64", 64),
-        ] {
-            assert_eq!(signal(text), Ok(number), "{text}");
-        }
-        for text in [
-            "",
-            "0",
-            "65",
-            "-9",
-            "NOPE",
-            "SIG",
-            "RTMIN+99",
-            "RTMIN-5",
-            "RTMAX-60",
-            "RTMIN\u{e9}",
-            "RTMIN+",
-        ] {
-            assert!(signal(text).is_err(), "{text}");
-        }
     }
 }

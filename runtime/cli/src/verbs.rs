@@ -4,6 +4,7 @@ mod completion;
 mod doctor;
 mod exec;
 mod inspect;
+mod install;
 mod logs;
 mod network;
 mod ps;
@@ -63,6 +64,8 @@ pub fn main(began: u64) -> ExitCode {
         Verb::Inspect(inspect) => general(inspect::inspect(&home, &inspect)),
         Verb::Network(verb) => general(network::network(&home, &verb)),
         Verb::Doctor => general(doctor::doctor(global, &home)),
+        Verb::Install(args) => general(install::install(&args)),
+        Verb::Uninstall(args) => general(install::uninstall(&args)),
         Verb::Completion { shell } => general(completion::completion(shell)),
     };
     match done {

@@ -12,6 +12,8 @@ use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::{self, Context};
 use ttrpc::proto::Code;
 
+use crate::Lifeline;
+
 /// How long a guest may take from the start of its VM to its agent's first answer. Far beyond what any engine needs on a
 /// loaded host; it only turns a hung guest into an error.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
@@ -96,6 +98,27 @@ pub struct ExitStatus {
     pub code: u8,
     /// The container's memory limit was hit while the process ran.
     pub oom_killed: bool,
+}
+
+/// What a container uses, by its cgroup in the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time, nanoseconds.
+    pub cpu_ns: u64,
+    /// Of it, in user mode.
+    pub cpu_user_ns: u64,
+    /// Of it, in the guest's kernel.
+    pub cpu_system_ns: u64,
+    /// Memory, page cache included, bytes.
+    pub memory_bytes: u64,
+    /// Its limit, bytes; 0: none.
+    pub memory_limit_bytes: u64,
+    /// Page cache that can go first, bytes.
+    pub memory_inactive_file_bytes: u64,
+    /// Processes and threads.
+    pub pids: u64,
+    /// How often the OOM killer has hit it.
+    pub oom_kills: u64,
 }
 
 /// What the agent says of its guest.
@@ -215,7 +238,7 @@ impl Agent {
         answer.map(drop).map_err(|e| AgentError::new(START, e))
     }
 
-    /// Runs one more process in a container.
+    /// Runs one more process in a container; with a lifeline, it is killed when that is cut.
     ///
     /// # Errors
     /// As for [`Agent::start`].
@@ -226,6 +249,7 @@ impl Agent {
         process: &Process,
         stdio: Stdio,
         tty: Option<TtySize>,
+        lifeline: Option<&Lifeline>,
     ) -> Result<(), AgentError> {
         let what = EXEC;
         let request = api::ExecRequest {
@@ -234,6 +258,7 @@ impl Agent {
             process: json(what, process)?,
             stdio: Some(stdio).into(),
             tty_size: tty.into(),
+            lifeline: lifeline.map_or(0, Lifeline::port),
             ..Default::default()
         };
         let answer = self.client.exec(within(CALL_TIMEOUT), &request).await;
@@ -393,6 +418,56 @@ impl Agent {
         answer
             .map(drop)
             .map_err(|e| AgentError::new("remove a network interface", e))
+    }
+
+    /// Suspends a container's processes.
+    ///
+    /// # Errors
+    /// [`Failure::WrongState`] when it does not run.
+    pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .pause_container(within(CALL_TIMEOUT), &of(container))
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("pause the container", e))
+    }
+
+    /// Lets a container's processes go on.
+    ///
+    /// # Errors
+    /// [`Failure::WrongState`] when it is not paused.
+    pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
+        let answer = self
+            .client
+            .resume_container(within(CALL_TIMEOUT), &of(container))
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("resume the container", e))
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn usage(&self, container: &str) -> Result<Usage, AgentError> {
+        let answer = self
+            .client
+            .container_stats(within(CALL_TIMEOUT), &of(container))
+            .await
+            .map_err(|e| AgentError::new("read the container's statistics", e))?;
+        Ok(Usage {
+            cpu_ns: answer.cpu_usage_ns,
+            cpu_user_ns: answer.cpu_user_ns,
+            cpu_system_ns: answer.cpu_system_ns,
+            memory_bytes: answer.memory_usage_bytes,
+            memory_limit_bytes: answer.memory_limit_bytes,
+            memory_inactive_file_bytes: answer.memory_inactive_file_bytes,
+            pids: answer.pids,
+            oom_kills: answer.oom_kills,
+        })
     }
 
     /// Ends every process and writes every file back; the VM may be ended afterwards.

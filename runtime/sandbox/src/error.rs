@@ -32,6 +32,43 @@ pub enum Error {
         /// The ID.
         id: String,
     },
+    /// A file that a VM is made from is not where somebody said.
+    #[error("the {what} {} does not exist", path.display())]
+    NoPart {
+        /// What it is for.
+        what: &'static str,
+        /// The path given.
+        path: PathBuf,
+    },
+    /// A file that a VM is made from is nowhere.
+    #[error(
+        "cannot find the {what}: there is no file \"{name}\" in {places}; build it with \"make build\" or name it with {}",
+        option_of(name)
+    )]
+    PartNotFound {
+        /// What it is for.
+        what: &'static str,
+        /// Its name.
+        name: &'static str,
+        /// Where it was looked for.
+        places: String,
+    },
+    /// A cgroup of the host could not be used.
+    #[error("cannot {what} the cgroup {path}")]
+    Cgroup {
+        /// Verb.
+        what: &'static str,
+        /// Below the hierarchies' roots.
+        path: String,
+        /// What went wrong.
+        source: Box<cgroups_rs::fs::error::Error>,
+    },
+    /// A limit needs a controller that the host does not have.
+    #[error("the host has no cgroup controller \"{name}\", which a limit needs")]
+    NoController {
+        /// Its name.
+        name: &'static str,
+    },
     /// The VM process could not be started.
     #[error("cannot start the VM process")]
     Launch(#[source] cloison_vmm::LaunchError),
@@ -75,6 +112,14 @@ pub enum Error {
     Agent(#[from] AgentError),
 }
 
+/// How a person names a part of a VM.
+fn option_of(name: &str) -> &'static str {
+    match name {
+        "vmlinux" => "--kernel or CLOISON_KERNEL",
+        _ => "--initramfs or CLOISON_INITRAMFS",
+    }
+}
+
 fn tail(log: &str) -> String {
     if log.is_empty() {
         String::new()
@@ -84,6 +129,15 @@ fn tail(log: &str) -> String {
 }
 
 impl Error {
+    /// The agent's error, if that is what it is.
+    pub fn agent(&self) -> Option<&AgentError> {
+        match self {
+            Self::Agent(error) => Some(error),
+            Self::Interface { source, .. } => source.agent(),
+            _ => None,
+        }
+    }
+
     pub(crate) fn path(
         what: &'static str,
         path: impl Into<PathBuf>,

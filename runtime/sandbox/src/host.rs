@@ -46,6 +46,26 @@ pub fn terminal_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
     (answer == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
+/// Closes every descriptor but standard input, output and error. To be called first of all in `main`.
+pub fn close_inherited() {
+    // SAFETY: nothing of this process has opened a descriptor yet, so none that is closed here belongs to anybody. Where the system
+    // call is missing they stay open, which is untidy and no more.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}
+
+/// Makes a terminal the controlling one of this process's session, which must be led by it and have none: the process then gets
+/// SIGWINCH and SIGHUP from it.
+///
+/// # Errors
+/// When one of the two is not so.
+pub fn take_charge(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes an integer and touches no memory of ours.
+    match unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Goes on in a child process; the parent gets its pid. Refused to a process with several threads, of which only one would live on.
 ///
 /// # Errors

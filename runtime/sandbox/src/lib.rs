@@ -3,23 +3,37 @@
 //! person sees.
 
 mod agent;
+mod attached;
+mod cgroup;
 mod error;
 mod home;
 mod host;
 mod id;
+mod lock;
 mod mounts;
 mod network;
+mod parts;
 mod sandbox;
 mod shared;
+mod signals;
+mod size;
 mod stdio;
+mod terminal;
 
-pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo};
+pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
+pub use attached::Attached;
+pub use cgroup::{HostCgroup, HostLimits, OOM_PROCESS_NAME, oom_main};
 pub use error::Error;
 pub use home::Home;
-pub use host::{pidfd, split, terminal_size};
+pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};
 pub use id::{Id, InvalidName, Name};
-pub use mounts::enter_private_namespace;
+pub use lock::MonitorLock;
+pub use mounts::{BindOptions, enter_private_namespace};
 pub use network::Network;
+pub use parts::Parts;
 pub use sandbox::{Running, Sandbox};
 pub use shared::Shared;
-pub use stdio::{HostStream, Streams, Wiring};
+pub use signals::{Event, Signals, UnknownSignal, signal_number};
+pub use size::{LimitError, VmSize};
+pub use stdio::{HostStream, Lifeline, Streams, Wiring};
+pub use terminal::RawTerminal;

@@ -17,6 +17,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cloison_agent_api::AGENT_PORT;
 use cloison_vmm::{
@@ -28,10 +29,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::{Agent, Error, Home, Id, Shared, Streams, Wiring, host, mounts, shared};
+use crate::{
+    Agent, AgentError, Error, Failure, Home, Id, Shared, Streams, Wiring, host, mounts, shared,
+};
 
 /// How long a VM process that was told to end may take before it is killed, milliseconds.
 const END_TIMEOUT_MS: u16 = 5_000;
+
+/// How long an orderly shutdown of a guest may take before its VM is ended without.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the end of a VM may take to show after its agent was lost.
+const LOST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A sandbox's place on disk; whether its VM runs is for the VM process to say.
 #[derive(Debug, Clone)]
@@ -168,6 +176,19 @@ impl Sandbox {
             _owner: owner,
         };
         Ok((running, wiring))
+    }
+
+    /// The memory of the VM, MiB.
+    ///
+    /// # Errors
+    /// When the VM process does not run or does not answer.
+    pub fn memory_mib(&self) -> Result<u32, Error> {
+        let status = self.control()?.status();
+        let status = status.map_err(|source| Error::Control {
+            what: "ask the VM for its size",
+            source,
+        })?;
+        Ok(status.memory_mib)
     }
 
     /// Connects to the VM process.
@@ -311,6 +332,27 @@ impl Running {
         let failed = || Error::system("wait for the VM process");
         drop(self.exited.readable().await.map_err(failed())?);
         self.process.wait().map_err(Error::Wait)
+    }
+
+    /// What is to be told instead when a call to the agent failed: an agent that is lost is most often a VM that has ended, which
+    /// says more.
+    pub async fn why_lost(&mut self, lost: &AgentError) -> Option<Error> {
+        if lost.failure != Failure::Other {
+            return None;
+        }
+        match tokio::time::timeout(LOST_TIMEOUT, self.ended()).await {
+            Ok(Ok(end)) if end.reason != EndReason::Killed => Some(end.into()),
+            _ => None,
+        }
+    }
+
+    /// Has the guest end its processes and write its files back, for as long as that may take.
+    pub async fn shut_down(&self) {
+        // What the guest has not written back by then, it had no reason to believe written.
+        let shutdown = self.agent.shutdown();
+        if let Ok(Err(error)) = tokio::time::timeout(SHUTDOWN_TIMEOUT, shutdown).await {
+            tracing::debug!("{error}");
+        }
     }
 
     /// Ends the VM at once, and waits until its process is gone.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use cloison_agent_api::SHARED_DIR;
 
-use crate::{Error, Id, mounts};
+use crate::{BindOptions, Error, Id, mounts};
 
 /// One container's part of the shared directory.
 #[derive(Debug)]
@@ -49,13 +49,25 @@ impl Shared {
         self.guest.join("rootfs")
     }
 
+    /// Shows a root file system that is a directory of the host, with all that is mounted below it.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub fn bind_rootfs(&self, source: &Path) -> Result<(), Error> {
+        let options = BindOptions {
+            recursive: true,
+            ..BindOptions::default()
+        };
+        mounts::bind_over(source, &self.rootfs_on_host(), options)
+    }
+
     /// Shows `source`, a file or a directory of the host, to the guest and returns where the guest finds it.
     ///
     /// # Errors
     /// When the source is missing or cannot be bound.
-    pub fn add_mount(&mut self, source: &Path, read_only: bool) -> Result<PathBuf, Error> {
+    pub fn add_mount(&mut self, source: &Path, options: BindOptions) -> Result<PathBuf, Error> {
         let place = Path::new("mounts").join(self.mounts.to_string());
-        mounts::bind(source, &self.host.join(&place), read_only)?;
+        mounts::bind(source, &self.host.join(&place), options)?;
         self.mounts += 1;
         Ok(self.guest.join(place))
     }

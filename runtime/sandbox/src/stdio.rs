@@ -214,6 +214,43 @@ impl Streams {
     }
 }
 
+/// A stream to the guest that carries nothing: a process tied to it is killed when this is dropped, or gone with its holder.
+#[derive(Debug)]
+pub struct Lifeline {
+    port: u32,
+    _held: OwnedFd,
+    /// The guest may not have taken it up yet.
+    _control: ControlClient,
+}
+
+impl Lifeline {
+    /// Makes one in a VM that runs.
+    ///
+    /// # Errors
+    /// When the VM process refuses or has ended.
+    pub fn attach(control: ControlClient) -> Result<Self, Error> {
+        let (watched, held) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+            .map_err(io::Error::from)
+            .map_err(Error::system("create a pipe"))?;
+        let port = control
+            .attach(Some(watched.as_fd()), None, None)
+            .map_err(|source| Error::Control {
+                what: "attach a lifeline",
+                source,
+            })?;
+        Ok(Self {
+            port,
+            _held: held,
+            _control: control,
+        })
+    }
+
+    /// Where the guest finds it.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+}
+
 impl Wiring {
     /// Waits until every stream has ended and every byte has reached its descriptor.
     ///

@@ -44,6 +44,19 @@ pub fn busybox() -> String {
     image("busybox")
 }
 
+/// Makes a root file system of the host's busybox, as the images have it.
+pub fn rootfs(dir: &Path) {
+    let script = "mkdir -p bin dev etc proc sys tmp && cp /bin/busybox bin && for a in $(busybox --list); do [ $a = busybox ] || ln -s busybox bin/$a; done && chmod 1777 tmp && echo root:x:0:0:root:/root:/bin/sh > etc/passwd";
+    fs::create_dir_all(dir).unwrap();
+    let made = Command::new("/bin/busybox")
+        .args(["sh", "-c", script])
+        .env("PATH", "/bin")
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    succeed(&made);
+}
+
 /// The directory of the built product.
 pub fn dist() -> PathBuf {
     variable("CLOISON_DIST")

@@ -23,6 +23,7 @@ mod isolation;
 mod limits;
 mod mounts;
 mod network;
+mod oci;
 mod process;
 mod profile;
 mod signals;

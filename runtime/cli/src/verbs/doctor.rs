@@ -9,7 +9,6 @@ use cloison_sandbox::Home;
 use cloison_vmm::{EngineChoice, choose};
 
 use crate::args::Global;
-use crate::parts;
 use crate::verbs::print;
 
 /// The memory a default container's VM may come to use, KiB.
@@ -21,20 +20,27 @@ const COMFORTABLE_MEMORY_KIB: u64 = 1536 * 1024;
 /// When no container can run here.
 pub fn doctor(global: &Global, home: &Home) -> Result<()> {
     let mut report = Report::default();
+    let parts = global.parts();
     let kvm = choose(EngineChoice::Kvm)
         .map(|chosen| chosen.reason)
         .map_err(anyhow::Error::from);
-    let software = qemu_version(&parts::qemu(global));
+    let software = qemu_version(&parts.qemu());
     let engines = kvm.is_ok() || software.is_ok();
     report.optional("engine kvm", kvm);
     report.optional("engine software", software);
     report.needed(
         "guest kernel",
-        parts::kernel(global).and_then(|file| readable(&file)),
+        parts
+            .kernel()
+            .map_err(anyhow::Error::from)
+            .and_then(|file| readable(&file)),
     );
     report.needed(
         "guest initramfs",
-        parts::initramfs(global).and_then(|file| readable(&file)),
+        parts
+            .initramfs()
+            .map_err(anyhow::Error::from)
+            .and_then(|file| readable(&file)),
     );
     report.needed("privileges", privileges());
     report.needed("run directory", writable(home.run()));

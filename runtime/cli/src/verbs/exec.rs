@@ -3,14 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use cloison_sandbox::{Home, Id, Streams};
+use cloison_sandbox::{Attached, Home, Id, RawTerminal, Signals, Streams};
 use oci_spec::runtime::Process;
 
 use crate::args::{Exec, ProcessOptions};
-use crate::attached::{Attached, Outcome, foreground_streams};
+use crate::attached::{self, Outcome, foreground_streams};
 use crate::container::{Container, Life, State, find};
 use crate::exit::{self, Failed};
-use crate::signals::Signals;
 use crate::spec::{Capabilities, environment, user_of};
 use crate::terminal;
 use crate::verbs::runtime;
@@ -26,14 +25,14 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
     let process = process(&container, vm, args)?;
     let exec_id = Id::random().context("cannot make an ID")?;
     let run = async {
-        let mut signals = Signals::catch()?;
+        let mut signals = Signals::of_a_front_end()?;
         let sandbox = container.sandbox();
         let wiring = streams(options)?.attach(sandbox.control()?)?;
         let agent = sandbox.connect_agent()?;
         agent.hello().await?;
         let size = options.tty.then(terminal::size).flatten();
         let raw = (options.tty && options.interactive && !options.detach)
-            .then(terminal::Raw::enter)
+            .then(RawTerminal::enter)
             .transpose()?;
         agent
             .exec(
@@ -42,6 +41,7 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
                 &process,
                 wiring.stdio.clone(),
                 size,
+                None,
             )
             .await?;
         if options.detach {
@@ -51,9 +51,9 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
             agent: &agent,
             container: container.id().as_str(),
             exec_id: exec_id.as_str(),
-            terminal: options.tty,
+            size: &|| options.tty.then(terminal::size).flatten(),
         };
-        let outcome = attached.wait(wiring, &mut signals).await;
+        let outcome = attached::wait(&attached, wiring, &mut signals).await;
         drop(raw);
         match outcome? {
             Outcome::Exited(status) => Ok(status.code),

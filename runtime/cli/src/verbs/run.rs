@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use cloison_image::{Image, Progress, Root, RootFs, Store};
 use cloison_net::files::check_hostname;
-use cloison_sandbox::{Home, Id, Name, Shared, Streams, enter_private_namespace};
+use cloison_sandbox::{
+    BindOptions, Home, Id, Name, RawTerminal, Shared, Streams, VmSize, enter_private_namespace,
+    signal_number,
+};
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::Spec;
@@ -22,16 +25,9 @@ use crate::profile::Profile;
 use crate::spec::{
     Capabilities, ContainerPlan, ProcessPlan, SecurityOptions, command, environment, user_of,
 };
-use crate::values::{Bytes, signal};
+use crate::values::Bytes;
 use crate::verbs::runtime;
-use crate::{detached, parts, terminal};
-
-/// Memory of a VM whose container has no limit, MiB.
-const DEFAULT_VM_MEMORY_MIB: u32 = 1024;
-/// What the guest itself needs beside a container that uses all of its limit, MiB: kernel, agent, page tables.
-const GUEST_OVERHEAD_MIB: u32 = 96;
-/// The least a container can be limited to, MiB; docker's limit too.
-const MIN_MEMORY_MIB: u64 = 6;
+use crate::{detached, terminal};
 
 /// What the command line and the image say, checked, before anything of the container exists.
 struct Prepared {
@@ -72,8 +68,9 @@ pub fn run(global: &Global, home: &Home, args: Run, began: u64) -> Result<u8, Fa
     }
     monitor.profile = profile;
     let raw = (args.process.tty && args.process.interactive)
-        .then(terminal::Raw::enter)
-        .transpose()?;
+        .then(RawTerminal::enter)
+        .transpose()
+        .map_err(anyhow::Error::from)?;
     let status = runtime()?.block_on(monitor.run(|_| Ok(())));
     drop(raw);
     if let Some(profile) = &mut monitor.profile {
@@ -100,7 +97,10 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         check_hostname(hostname)?;
     }
     let security = SecurityOptions::read(&args.security_opt, &capabilities.names())?;
-    let vm_memory = vm_memory_mib(args.memory)?;
+    let size = VmSize::for_limits(
+        args.memory.map(|Bytes(limit)| limit),
+        args.cpus.map(|cpus| cpus.0),
+    )?;
     let Chosen {
         engine,
         reason,
@@ -110,20 +110,19 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         eprintln!("cloison: {reason}");
     }
     let id = Id::random().context("cannot make an ID")?;
-    let vcpus = args.cpus.map_or(1, |cpus| cpus.0.div_ceil(1000));
-    let vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX);
+    let parts = global.parts();
     let vm = VmSpec {
         id: id.to_string(),
         engine,
-        memory_mib: vm_memory,
-        max_memory_mib: vm_memory,
-        vcpus,
-        max_vcpus: vcpus,
+        memory_mib: size.memory_mib,
+        max_memory_mib: size.memory_mib,
+        vcpus: size.vcpus,
+        max_vcpus: size.vcpus,
         spare_nics: 0,
-        kernel: parts::kernel(global)?,
-        initramfs: parts::initramfs(global)?,
+        kernel: parts.kernel()?,
+        initramfs: parts.initramfs()?,
         cmdline: String::new(),
-        qemu: parts::qemu(global),
+        qemu: parts.qemu(),
     };
     vm.validate()
         .context("cannot make a VM for this container")?;
@@ -134,7 +133,9 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     let command = command(&image.config, args.entrypoint.as_deref(), &args.command)?;
     let stop_signal = match (args.stop_signal, &image.config.stop_signal) {
         (Some(number), _) => number,
-        (None, Some(text)) => signal(text).context("the image's stop signal makes no sense")?,
+        (None, Some(text)) => {
+            signal_number(text).context("the image's stop signal makes no sense")?
+        }
         (None, None) => nix::libc::SIGTERM,
     };
 
@@ -147,7 +148,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     record.image_id = image.id.to_string();
     record.command.clone_from(&command);
     record.engine_reason = reason;
-    record.vm_memory_mib = vm_memory;
+    record.vm_memory_mib = vm.memory_mib;
     record.vcpus = vm.vcpus;
     record.volumes.clone_from(&args.volume);
     record.auto_remove = args.rm;
@@ -162,18 +163,6 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         security,
         probed,
     })
-}
-
-fn vm_memory_mib(limit: Option<Bytes>) -> Result<u32> {
-    let Some(Bytes(limit)) = limit else {
-        return Ok(DEFAULT_VM_MEMORY_MIB);
-    };
-    if limit < MIN_MEMORY_MIB << 20 {
-        bail!("a memory limit of {limit} bytes is too small: the least is {MIN_MEMORY_MIB}m");
-    }
-    let mib = u32::try_from(limit.div_ceil(1 << 20)).ok();
-    mib.and_then(|mib| mib.checked_add(GUEST_OVERHEAD_MIB))
-        .context("the memory limit is too large")
 }
 
 /// Tells a person at a terminal what takes long.
@@ -257,7 +246,11 @@ fn furnish(
     for (file, destination) in etc.files() {
         // A volume in its place is what the person wants.
         if args.volume.iter().all(|v| v.destination != destination) {
-            binds.push((shared.add_mount(&file, false)?, destination, false));
+            binds.push((
+                shared.add_mount(&file, BindOptions::default())?,
+                destination,
+                false,
+            ));
         }
     }
     binds.extend(volumes(&mut shared, args)?);
@@ -308,7 +301,12 @@ fn furnish(
 
 fn volumes(shared: &mut Shared, args: &Run) -> Result<Vec<(PathBuf, PathBuf, bool)>> {
     let bind = |volume: &crate::values::Volume| {
-        let in_guest = shared.add_mount(&volume.source, volume.read_only);
+        let options = BindOptions {
+            recursive: true,
+            read_only: volume.read_only,
+            ..BindOptions::default()
+        };
+        let in_guest = shared.add_mount(&volume.source, options);
         let in_guest = in_guest
             .with_context(|| format!("cannot use the volume source {}", volume.source.display()))?;
         Ok((in_guest, volume.destination.clone(), volume.read_only))

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use crate::Error;
 
 /// Held by a container's monitor, or by whoever removes a container that has none; the kernel lets go of it when its holder is
 /// gone, however that happened.
@@ -25,7 +25,7 @@ impl MonitorLock {
     ///
     /// # Errors
     /// When the lock cannot be written.
-    pub fn take(dir: &Path) -> Result<Option<Self>> {
+    pub fn take(dir: &Path) -> Result<Option<Self>, Error> {
         let path = path(dir);
         let taken: io::Result<File> = (|| {
             let mut file = File::create_new(&path)?;
@@ -43,7 +43,7 @@ impl MonitorLock {
             {
                 Ok(None)
             }
-            Err(e) => Err(e).with_context(|| format!("cannot take the lock {}", path.display())),
+            Err(e) => Err(Error::path("take the lock", path)(e)),
         }
     }
 
@@ -51,7 +51,7 @@ impl MonitorLock {
     ///
     /// # Errors
     /// When the lock cannot be waited for.
-    pub fn seize(dir: &Path) -> Result<Option<Self>> {
+    pub fn seize(dir: &Path) -> Result<Option<Self>, Error> {
         let path = path(dir);
         let file = File::options()
             .write(true)
@@ -61,9 +61,45 @@ impl MonitorLock {
         match file.and_then(|file| file.lock().map(|()| file)) {
             Ok(file) => Ok(is_at(&file, &path).then_some(Self { _file: file })),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => {
-                Err(e).with_context(|| format!("cannot wait for the lock {}", path.display()))
-            }
+            Err(e) => Err(Error::path("wait for the lock", path)(e)),
+        }
+    }
+
+    /// The pid of the monitor that holds the lock; `None` when nobody does.
+    ///
+    /// # Errors
+    /// When the lock cannot be tried.
+    pub fn holder(dir: &Path) -> Result<Option<i32>, Error> {
+        let path = path(dir);
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(Error::path("open", &path))?,
+        };
+        match file.try_lock_shared() {
+            Ok(()) => Ok(None),
+            // Empty for the moment between the taking of the lock and the writing of the pid.
+            Err(TryLockError::WouldBlock) => Ok(Some(
+                io::read_to_string(file)
+                    .ok()
+                    .and_then(|pid| pid.parse().ok())
+                    .unwrap_or(0),
+            )),
+            Err(TryLockError::Error(e)) => Err(Error::path("try the lock", path)(e)),
+        }
+    }
+
+    /// Blocks until no monitor holds the lock.
+    ///
+    /// # Errors
+    /// When the lock cannot be waited for.
+    pub fn wait(dir: &Path) -> Result<(), Error> {
+        let path = path(dir);
+        match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::path("open", path)(e)),
+            Ok(file) => file
+                .lock_shared()
+                .map_err(Error::path("wait for the lock", path)),
         }
     }
 }
@@ -76,46 +112,6 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// The pid of the monitor that holds the lock; `None` when nobody does.
-///
-/// # Errors
-/// When the lock cannot be tried.
-pub fn holder(dir: &Path) -> Result<Option<i32>> {
-    let path = path(dir);
-    let file = match File::open(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.with_context(|| format!("cannot open {}", path.display()))?,
-    };
-    match file.try_lock_shared() {
-        Ok(()) => Ok(None),
-        // Empty for the moment between the taking of the lock and the writing of the pid.
-        Err(TryLockError::WouldBlock) => Ok(Some(
-            io::read_to_string(file)
-                .ok()
-                .and_then(|pid| pid.parse().ok())
-                .unwrap_or(0),
-        )),
-        Err(TryLockError::Error(e)) => {
-            Err(e).with_context(|| format!("cannot try the lock {}", path.display()))
-        }
-    }
-}
-
-/// Blocks until no monitor holds the lock.
-///
-/// # Errors
-/// When the lock cannot be waited for.
-pub fn wait(dir: &Path) -> Result<()> {
-    let path = path(dir);
-    match File::open(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e).with_context(|| format!("cannot open {}", path.display())),
-        Ok(file) => file
-            .lock_shared()
-            .with_context(|| format!("cannot wait for the lock {}", path.display())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,15 +119,15 @@ mod tests {
     #[test]
     fn a_held_lock_names_its_holder_and_a_dropped_one_nobody() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(holder(dir.path()).unwrap(), None);
+        assert_eq!(MonitorLock::holder(dir.path()).unwrap(), None);
         let lock = MonitorLock::take(dir.path()).unwrap().unwrap();
         assert_eq!(
-            holder(dir.path()).unwrap(),
+            MonitorLock::holder(dir.path()).unwrap(),
             i32::try_from(std::process::id()).ok()
         );
         drop(lock);
-        assert_eq!(holder(dir.path()).unwrap(), None);
-        wait(dir.path()).unwrap();
+        assert_eq!(MonitorLock::holder(dir.path()).unwrap(), None);
+        MonitorLock::wait(dir.path()).unwrap();
     }
 
     #[test]

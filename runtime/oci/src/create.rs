@@ -1,0 +1,186 @@
+//! `create`: everything is checked that can be; then the monitor makes the container while this process runs the caller's hooks.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use cloison_sandbox::{Home, Parts};
+use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
+use oci_spec::runtime::{Hooks, Spec};
+
+use crate::args::Create;
+use crate::channel::{Order, VerbEnd};
+use crate::container::{Container, Phase, Record, Status};
+use crate::fork::{Child, Side, split, write_pid};
+use crate::hooks;
+use crate::log::Log;
+use crate::monitor::{self, Job};
+use crate::translate::Plan;
+
+/// Creates a container.
+pub fn create(home: &Home, log: &Log, systemd: bool, args: &Create) -> Result<()> {
+    make(home, log, systemd, args, true).map(drop)
+}
+
+/// A container that has been made, and its monitor.
+pub struct Made {
+    pub container: Container,
+    pub monitor: Child,
+}
+
+/// Makes a container. A caller that goes away before it ends must have a console socket for a terminal.
+///
+/// # Errors
+/// Then nothing of the container is left.
+pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool) -> Result<Made> {
+    ensure!(
+        args.preserve_fds == 0,
+        "--preserve-fds is not supported: descriptors cannot be handed into a VM"
+    );
+    ensure!(
+        !systemd,
+        "--systemd-cgroup is not supported yet: use the cgroupfs driver"
+    );
+    let bundle = fs::canonicalize(&args.bundle)
+        .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
+    let config = bundle.join("config.json");
+    let text = fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?;
+    let spec: Spec = serde_json::from_slice(&text)
+        .with_context(|| format!("cannot understand {}", config.display()))?;
+    let plan = Plan::new(&args.container, spec.clone(), &bundle)?;
+    let has_socket = args.console_socket.is_some();
+    ensure!(
+        plan.terminal.is_none() || has_socket || !detached,
+        "cannot allocate tty if runc will detach without setting console socket"
+    );
+    ensure!(
+        plan.terminal.is_some() || !has_socket,
+        "cannot use console socket if runc will not detach or allocate tty"
+    );
+    // What is left of probing KVM may be a thread, and a process with several cannot be split.
+    let Chosen { engine, reason, .. } = choose(plan.engine)?;
+    if plan.engine == EngineChoice::Auto && engine == Engine::Software {
+        log.info(&reason);
+    }
+    for note in &plan.notes {
+        log.info(note);
+    }
+    let parts = Parts::from_env();
+    let vm = VmSpec {
+        id: args.container.clone(),
+        engine,
+        memory_mib: plan.size.memory_mib,
+        max_memory_mib: plan.size.memory_mib,
+        vcpus: plan.size.vcpus,
+        max_vcpus: plan.size.vcpus,
+        // For an interface that comes later.
+        spare_nics: 1,
+        kernel: parts.kernel()?,
+        initramfs: parts.initramfs()?,
+        cmdline: String::new(),
+        qemu: parts.qemu(),
+    };
+    vm.validate()
+        .context("cannot make a VM for this container")?;
+
+    let rootfs = plan.rootfs.clone();
+    let record = Record::new(bundle, rootfs, plan.cgroup.clone(), engine, reason);
+    let host_hooks = plan.hooks.clone();
+    let container = Container::create(home, &args.container, &record, &text)?;
+    let verb_lock = container.lock()?;
+    let console_socket = args.console_socket.as_deref().map(std::path::absolute);
+    let job = Job {
+        container: container.clone(),
+        record: record.clone(),
+        plan,
+        vm,
+        console_socket: console_socket.transpose()?,
+        log: log.clone(),
+    };
+    let child = match split() {
+        Ok(Side::Child(channel)) => {
+            // The lock is the verb's, and the monitor outlives it.
+            drop(verb_lock);
+            std::process::exit(monitor::serve(job, channel).into())
+        }
+        Ok(Side::Parent(child)) => child,
+        Err(error) => {
+            let _ = container.remove();
+            return Err(error);
+        }
+    };
+    drop(job);
+    let mut verb = VerbEnd::new(child.channel.try_clone()?);
+    let begun = Begun {
+        container,
+        record,
+        spec,
+        hooks: host_hooks,
+    };
+    match begun.follow(&mut verb, &child, args.pid_file.as_deref()) {
+        Ok(()) => {
+            verb.order(&Order::Stay);
+            Ok(Made {
+                container: begun.container,
+                monitor: child,
+            })
+        }
+        Err(error) => {
+            drop(verb);
+            begun.undo(&child, log);
+            Err(error)
+        }
+    }
+}
+
+/// A container that is being made.
+struct Begun {
+    container: Container,
+    record: Record,
+    spec: Spec,
+    hooks: Hooks,
+}
+
+impl Begun {
+    /// Follows the monitor to where the container waits for its start, and runs the hooks of the host meanwhile.
+    fn follow(&self, verb: &mut VerbEnd, child: &Child, pid_file: Option<&Path>) -> Result<()> {
+        verb.expect_ready()?;
+        let mut record = self.record.clone();
+        record.pid = child.pid.as_raw();
+        self.container.save(&record)?;
+        let state = self.container.state(Status::Creating, &record, &self.spec);
+        // Callers still use it.
+        #[allow(deprecated)]
+        let prestart = self.hooks.prestart();
+        hooks::run("prestart", prestart.as_ref(), &state)?;
+        hooks::run(
+            "createRuntime",
+            self.hooks.create_runtime().as_ref(),
+            &state,
+        )?;
+        verb.order(&Order::GoOn);
+        verb.expect_made()?;
+        record.phase = Phase::Created;
+        self.container.save(&record)?;
+        write_pid(pid_file, child.pid)
+    }
+
+    /// Leaves nothing of it.
+    fn undo(&self, child: &Child, log: &Log) {
+        let mut record = self.record.clone();
+        record.pid = child.pid.as_raw();
+        if let Err(error) = self.container.end() {
+            log.warn(format!("{error:#}"));
+        }
+        if let Err(error) = child.wait() {
+            log.warn(format!("{error:#}"));
+        }
+        let state = self.container.state(Status::Stopped, &record, &self.spec);
+        for error in hooks::run_all("poststop", self.hooks.poststop().as_ref(), &state) {
+            log.warn(format!("{error:#}"));
+        }
+        if let Err(error) = self.container.remove() {
+            log.warn(format!("{error:#}"));
+        }
+    }
+}

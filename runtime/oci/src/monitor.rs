@@ -1,0 +1,259 @@
+//! A container's monitor: the process whose pid the caller gets. It is in the container's network namespace, has the mounts that the
+//! guest sees in a mount namespace of its own, launches the VM and lives until the container's init has ended and the VM is gone;
+//! then it exits with the init's status. The VM ends with it, however it ends.
+
+use std::convert::Infallible;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use cloison_agent_api::agent::TtySize;
+use cloison_net::Namespace;
+use cloison_sandbox::{
+    Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Running, Sandbox,
+    Signals, Streams, Wiring, enter_private_namespace,
+};
+use cloison_vmm::VmSpec;
+use oci_spec::runtime::{Hook, Spec};
+
+use crate::channel::{self, ProcessEnd, Report};
+use crate::console::{Console, inherited_size, inherited_streams};
+use crate::container::{Container, Record, Status};
+use crate::fork::take_stdio;
+use crate::log::Log;
+use crate::standin::{self, Sizes};
+use crate::translate::Plan;
+use crate::{hooks, runtime};
+
+/// Status of a container whose VM was lost: nobody knows its own.
+const LOST: u8 = 255;
+
+const NO_NETWORK: &str = "cannot connect the container to its network";
+
+/// All that a monitor is started with.
+pub struct Job {
+    pub container: Container,
+    pub record: Record,
+    pub plan: Plan,
+    pub vm: VmSpec,
+    pub console_socket: Option<PathBuf>,
+    pub log: Log,
+}
+
+impl Job {
+    /// The memory limit is for a container that has one itself: without, the VM's size is a default that promises nothing.
+    fn host_limits(&self) -> HostLimits {
+        HostLimits {
+            memory: self
+                .plan
+                .memory_is_limited()
+                .then(|| self.plan.size.on_host(self.vm.engine)),
+            ..self.plan.host_limits.clone()
+        }
+    }
+}
+
+/// A container that is ready to be made in a guest.
+struct Ready {
+    id: String,
+    sandbox: Sandbox,
+    vm: VmSpec,
+    spec: Spec,
+    streams: Streams,
+    sizes: Sizes,
+    first_size: Option<TtySize>,
+    hooks: Option<Vec<Hook>>,
+    log: Log,
+}
+
+/// The monitor's whole life, and its exit status.
+pub fn serve(job: Job, channel: UnixStream) -> u8 {
+    let log = job.log.clone();
+    let early = channel.try_clone();
+    let mut made = false;
+    match live(job, channel, &mut made) {
+        Ok(status) => status.code,
+        Err(error) => {
+            // Whoever waits for the container to be made tells of this; later on there is only the log.
+            if made {
+                log.error(&error);
+            } else if let Ok(channel) = early {
+                let _ = channel.set_nonblocking(false);
+                let _ = channel::tell(&channel, &Report::Failed(format!("{error:#}")));
+            }
+            LOST
+        }
+    }
+}
+
+fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
+    let container = job.container.clone();
+    let stdio = take_stdio()?;
+    let _lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
+    let cgroup = HostCgroup::at(&job.plan.cgroup)?;
+    cgroup.create(&job.host_limits())?;
+    cgroup.enter()?;
+    job.plan.network.enter()?;
+    enter_private_namespace()?;
+    channel::tell(&channel, &Report::Ready)?;
+
+    let (streams, sizes) = match (job.plan.terminal, &job.console_socket) {
+        (Some(size), Some(socket)) => {
+            let console = Console::hand_over(socket, size)?;
+            (console.streams()?, Sizes::Console(console))
+        }
+        (Some(_), None) => (inherited_streams(&stdio, true)?, Sizes::Inherited(stdio)),
+        (None, _) => {
+            let streams = inherited_streams(&stdio, false)?;
+            drop(stdio);
+            (streams, Sizes::None)
+        }
+    };
+    let first_size = match &sizes {
+        Sizes::Inherited(stdio) => inherited_size(stdio),
+        other => other.size(),
+    };
+    let sandbox = container.sandbox();
+    let mut shared = sandbox.share(container.id())?;
+    shared.bind_rootfs(&job.plan.rootfs)?;
+    let sources: Result<Vec<_>, _> = job
+        .plan
+        .binds
+        .iter()
+        .map(|bind| shared.add_mount(&bind.source, bind.options))
+        .collect();
+    let hooks = job.plan.hooks.create_container().clone();
+    let spec = job
+        .plan
+        .into_guest_spec(shared.rootfs_in_guest(), sources?)?;
+    let ready = Ready {
+        id: container.id().to_string(),
+        sandbox,
+        vm: job.vm,
+        spec,
+        streams,
+        sizes,
+        first_size,
+        hooks,
+        log: job.log.clone(),
+    };
+    let mut record = job.record;
+    record.pid = std::process::id().cast_signed();
+    let ended = runtime()?.block_on(ready.run(&container, &record, channel, made))?;
+    if ended.oom_killed
+        && let Err(error) = cgroup.report_oom()
+    {
+        job.log.warn(format!("{:#}", anyhow::Error::from(error)));
+    }
+    Ok(ended)
+}
+
+impl Ready {
+    async fn run(
+        mut self,
+        container: &Container,
+        record: &Record,
+        channel: UnixStream,
+        made: &mut bool,
+    ) -> Result<ExitStatus> {
+        let mut signals = Signals::of_a_stand_in()?;
+        let mut channel = ProcessEnd::new(channel)?;
+        let streams = std::mem::take(&mut self.streams);
+        // This process is in the container's own.
+        let namespace = Namespace::current().context(NO_NETWORK)?;
+        let mut network = Network::new(&namespace).context(NO_NETWORK)?;
+        let nics = network.early().await.context(NO_NETWORK)?;
+        let (mut vm, wiring) = self
+            .sandbox
+            .launch(self.vm.clone(), streams, nics)
+            .context("cannot start the container's VM")?;
+        let lived = {
+            let agent = vm.agent().clone();
+            let control = vm.control();
+            let drive = async {
+                agent.hello().await.map_err(Error::from)?;
+                // The hooks of the host, which may bring interfaces, ran while the guest booted.
+                channel.order().await?;
+                network.settle(&agent, &control).await.context(NO_NETWORK)?;
+                self.make(&agent, &wiring, container, record, &mut channel)
+                    .await?;
+                *made = true;
+                let followed = async {
+                    // A container outlives the end of its network.
+                    let Err(error) = network.follow(&agent, &control).await;
+                    let lost = "the container's network is no longer followed";
+                    self.log.warn(format!("{lost}: {error}"));
+                    std::future::pending::<Infallible>().await
+                };
+                tokio::select! {
+                    biased;
+                    ended = self.stand_in(&agent, wiring, &mut channel, &mut signals) => ended,
+                    never = followed => match never {},
+                }
+            };
+            tokio::select! {
+                lived = drive => lived,
+                ended = vm.ended() => {
+                    let end = ended.context("the container's VM is gone")?;
+                    return Err(Error::from(end).into());
+                }
+            }
+        };
+        let lived = match lived {
+            Ok(status) => {
+                vm.shut_down().await;
+                Ok(status)
+            }
+            Err(error) => Err(explain(&mut vm, error).await),
+        };
+        let _ = vm.kill().await.context("cannot end the container's VM")?;
+        lived
+    }
+
+    /// Makes the container in the guest.
+    async fn make(
+        &self,
+        agent: &cloison_sandbox::Agent,
+        wiring: &Wiring,
+        container: &Container,
+        record: &Record,
+        channel: &mut ProcessEnd,
+    ) -> Result<()> {
+        let state = container.state(Status::Creating, record, &self.spec);
+        hooks::run("createContainer", self.hooks.as_ref(), &state)?;
+        let stdio = wiring.stdio.clone();
+        let size = self.sizes.size().or(self.first_size.clone());
+        agent
+            .create(&self.id, &self.spec, stdio, size)
+            .await
+            .map_err(Error::from)?;
+        channel.tell(&Report::Made).await
+    }
+
+    async fn stand_in(
+        &self,
+        agent: &cloison_sandbox::Agent,
+        wiring: Wiring,
+        channel: &mut ProcessEnd,
+        signals: &mut Signals,
+    ) -> Result<ExitStatus> {
+        // A caller that was never told of the container cannot end it.
+        channel.order().await?;
+        let attached = Attached {
+            agent,
+            container: &self.id,
+            exec_id: "",
+            size: &|| self.sizes.size(),
+        };
+        Ok(standin::wait(&attached, wiring, signals).await?)
+    }
+}
+
+/// A lost agent is most often a VM that has ended, which says more.
+async fn explain(vm: &mut Running, error: anyhow::Error) -> anyhow::Error {
+    let better = match error.downcast_ref::<Error>().and_then(Error::agent) {
+        Some(agent) => vm.why_lost(agent).await,
+        None => None,
+    };
+    better.map_or(error, anyhow::Error::from)
+}

@@ -1,0 +1,66 @@
+//! `run`: create, start, and, in the foreground, wait and delete.
+
+use anyhow::Result;
+use cloison_sandbox::{Home, RawTerminal, Signals};
+use nix::sys::signal::Signal;
+
+use crate::args::Run;
+use crate::create::{Made, make};
+use crate::delete::destroy;
+use crate::log::Log;
+use crate::start::start;
+use crate::{fork, runtime};
+
+/// Runs a container; the status is its own.
+pub fn run(home: &Home, log: &Log, systemd: bool, args: &Run) -> Result<u8> {
+    let Made { container, monitor } = make(home, log, systemd, &args.create, args.detach)?;
+    let raw = match args.detach || args.create.console_socket.is_some() {
+        true => None,
+        // A container without a terminal leaves the person's as it is.
+        false => container
+            .spec()?
+            .process()
+            .as_ref()
+            .is_some_and(|process| process.terminal() == Some(true))
+            .then(RawTerminal::enter)
+            .transpose()?,
+    };
+    if let Err(error) = start(home, log, &args.create.container) {
+        drop(raw);
+        let _ = destroy(&container, log);
+        return Err(error);
+    }
+    if args.detach {
+        return Ok(0);
+    }
+    let status = wait(monitor)?;
+    drop(raw);
+    if !args.keep {
+        destroy(&container, log)?;
+    }
+    Ok(status)
+}
+
+/// Passes signals on to the monitor, which passes them on, until it has ended.
+fn wait(monitor: fork::Child) -> Result<u8> {
+    let pid = monitor.pid;
+    runtime()?.block_on(async {
+        let mut signals = Signals::of_a_front_end()?;
+        let ended = tokio::task::spawn_blocking(move || monitor.wait());
+        tokio::pin!(ended);
+        loop {
+            tokio::select! {
+                biased;
+                ended = &mut ended => return ended?,
+                event = signals.next() => {
+                    let signal = match event {
+                        cloison_sandbox::Event::Forward(number) => Signal::try_from(number).ok(),
+                        cloison_sandbox::Event::Resized => Some(Signal::SIGWINCH),
+                    };
+                    // It may end at the same moment.
+                    let _ = nix::sys::signal::kill(pid, signal);
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,214 @@
+//! From the caller's spec, whose paths are the host's, to the spec that the agent gets, whose paths are the guest's. What the guest
+//! cannot do is refused here, with the reason, before anything is made; what concerns only the host is taken out.
+
+mod linux;
+mod mounts;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use cloison_sandbox::{HostLimits, VmSize};
+use cloison_vmm::EngineChoice;
+use oci_spec::runtime::{Hooks, HooksBuilder, Process, Spec};
+
+use crate::network::Network;
+
+pub use linux::{bytes, update};
+pub use mounts::Bind;
+
+/// The annotation that chooses the engine.
+const ENGINE_ANNOTATION: &str = "io.cloison.engine";
+/// The variable that chooses it when no annotation does.
+const ENGINE_VARIABLE: &str = "CLOISON_ENGINE";
+
+/// A container as its caller's spec describes it, checked.
+#[derive(Debug)]
+pub struct Plan {
+    /// The guest's spec, but for the paths that [`Plan::into_guest_spec`] fills in.
+    guest: Spec,
+    /// The root file system on the host.
+    pub rootfs: PathBuf,
+    /// What the host shows the guest, in the order of the mounts that use it.
+    pub binds: Vec<Bind>,
+    /// The VM's size.
+    pub size: VmSize,
+    /// The network namespace of the VM.
+    pub network: Network,
+    /// Limits of the VM's processes on the host, but for memory.
+    pub host_limits: HostLimits,
+    /// Their cgroup.
+    pub cgroup: PathBuf,
+    /// What asks for an engine.
+    pub engine: EngineChoice,
+    /// Hooks that run on the host.
+    pub hooks: Hooks,
+    /// Whether the process has a terminal, and its first size in columns and rows.
+    pub terminal: Option<Option<(u16, u16)>>,
+    /// What is left out because it means nothing in a guest, for the log.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Checks a bundle's spec.
+    ///
+    /// # Errors
+    /// Naming the first thing that cannot be done, and why.
+    pub fn new(id: &str, mut spec: Spec, bundle: &Path) -> Result<Self> {
+        let version = spec.version().clone();
+        ensure!(
+            version.starts_with("1."),
+            "config.json: ociVersion {version:?} is not supported: this runtime knows 1.x"
+        );
+        let mut notes = Vec::new();
+        let root = spec
+            .root()
+            .clone()
+            .context("config.json: root is missing")?;
+        let rootfs = bundle.join(root.path());
+        ensure!(
+            rootfs.is_dir(),
+            "the root file system {} is not a directory",
+            rootfs.display()
+        );
+        let engine = engine(spec.annotations().as_ref())?;
+        let mut process = spec
+            .process()
+            .clone()
+            .context("config.json: process is missing")?;
+        adapt_process(&mut process, &mut notes)?;
+        let terminal = terminal(&process);
+        let linux = spec
+            .linux()
+            .clone()
+            .context("config.json: linux is missing: only Linux containers can be run")?;
+        let linux::Adapted {
+            linux,
+            network,
+            size,
+            host: host_limits,
+            cgroup,
+        } = linux::adapt(id, linux, &mut notes)?;
+        let mounts = spec.mounts().clone().unwrap_or_default();
+        let (mounts, binds) = mounts::adapt(mounts, bundle, &rootfs)?;
+        let (host, guest) = split_hooks(spec.hooks().clone().unwrap_or_default())?;
+        spec.set_process(Some(process))
+            .set_linux(Some(linux))
+            .set_mounts(Some(mounts))
+            .set_hooks(guest);
+        Ok(Self {
+            guest: spec,
+            rootfs,
+            binds,
+            size,
+            network,
+            host_limits,
+            cgroup,
+            engine,
+            hooks: host,
+            terminal,
+            notes,
+        })
+    }
+
+    /// Whether the container has a memory limit.
+    pub fn memory_is_limited(&self) -> bool {
+        let linux = self.guest.linux().as_ref();
+        let memory = linux
+            .and_then(|linux| linux.resources().as_ref())
+            .and_then(|resources| resources.memory().as_ref());
+        memory
+            .and_then(|memory| memory.limit())
+            .is_some_and(|limit| limit > 0)
+    }
+
+    /// The spec for the agent: `rootfs` and `sources` (one for each of [`Plan::binds`]) are where the guest has them.
+    ///
+    /// # Errors
+    /// When a part of it contradicts the OCI specification.
+    pub fn into_guest_spec(self, rootfs: PathBuf, sources: Vec<PathBuf>) -> Result<Spec> {
+        let mut spec = self.guest;
+        let mut root = spec.root().clone().unwrap_or_default();
+        root.set_path(rootfs);
+        spec.set_root(Some(root));
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for (bind, source) in self.binds.iter().zip(sources) {
+            if let Some(mount) = mounts.get_mut(bind.mount) {
+                mount.set_source(Some(source));
+            }
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(spec)
+    }
+}
+
+/// The engine that the annotations ask for, or else the environment.
+fn engine(annotations: Option<&HashMap<String, String>>) -> Result<EngineChoice> {
+    let annotation = annotations.and_then(|all| all.get(ENGINE_ANNOTATION));
+    if let Some(word) = annotation {
+        return word
+            .parse()
+            .with_context(|| format!("the annotation {ENGINE_ANNOTATION}"));
+    }
+    match std::env::var(ENGINE_VARIABLE) {
+        Ok(word) => word
+            .parse()
+            .with_context(|| format!("the variable {ENGINE_VARIABLE}")),
+        Err(_) => Ok(EngineChoice::Auto),
+    }
+}
+
+/// Takes out of a process what the guest does not have; for a container's init and for an exec.
+///
+/// # Errors
+/// Naming what cannot be done.
+pub fn adapt_process(process: &mut Process, notes: &mut Vec<String>) -> Result<()> {
+    // The host's security modules are not in the guest, whose kernel is not what they protect. A caller sets these by default on hosts
+    // that have them, so refusing would refuse every container.
+    if let Some(profile) = process.apparmor_profile().clone().filter(|p| !p.is_empty()) {
+        notes.push(format!(
+            "the AppArmor profile {profile:?} is not applied: AppArmor is not in the guest"
+        ));
+    }
+    process.set_apparmor_profile(None);
+    if let Some(label) = process.selinux_label().clone().filter(|l| !l.is_empty()) {
+        notes.push(format!(
+            "the SELinux label {label:?} is not applied: SELinux is not in the guest"
+        ));
+    }
+    process.set_selinux_label(None);
+    if process.io_priority().is_some() {
+        bail!(
+            "config.json: process.ioPriority is not supported: the guest's disks are the host's files"
+        );
+    }
+    if process.scheduler().is_some() {
+        bail!("config.json: process.scheduler is not supported");
+    }
+    if process.exec_cpu_affinity().is_some() {
+        bail!(
+            "config.json: process.execCPUAffinity is not supported: a guest's CPUs are not the host's"
+        );
+    }
+    Ok(())
+}
+
+/// Whether a process has a terminal, and its first size in columns and rows.
+pub fn terminal(process: &Process) -> Option<Option<(u16, u16)>> {
+    let size = process.console_size().and_then(|size| {
+        let columns = u16::try_from(size.width()).ok()?;
+        let rows = u16::try_from(size.height()).ok()?;
+        (columns > 0 && rows > 0).then_some((columns, rows))
+    });
+    (process.terminal() == Some(true)).then_some(size)
+}
+
+/// The hooks of the host and those of the guest. A startContainer hook is a program of the container's, so the agent has it run.
+fn split_hooks(mut hooks: Hooks) -> Result<(Hooks, Option<Hooks>)> {
+    let start = hooks.start_container().clone().filter(|h| !h.is_empty());
+    hooks.set_start_container(None);
+    let guest = start
+        .map(|start| HooksBuilder::default().start_container(start).build())
+        .transpose()?;
+    Ok((hooks, guest))
+}

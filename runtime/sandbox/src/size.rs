@@ -1,0 +1,84 @@
+//! How large a VM must be for the limits of what runs in it.
+
+use cloison_vmm::Engine;
+
+/// Memory of a VM whose container has no limit, MiB.
+const DEFAULT_MEMORY_MIB: u32 = 1024;
+/// What the guest itself needs beside a container that uses all of its limit, MiB: kernel, agent, page tables.
+const GUEST_OVERHEAD_MIB: u32 = 96;
+/// The least a container can be limited to, MiB; docker's limit too.
+const MIN_MEMORY_MIB: u64 = 6;
+
+/// What a VM's processes on the host need beside the guest's memory, MiB: on the KVM engine the VM process itself, on the software
+/// engine QEMU and the code it has translated as well.
+const HOST_OVERHEAD_KVM_MIB: u64 = 64;
+const HOST_OVERHEAD_SOFTWARE_MIB: u64 = 512;
+
+/// A VM's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmSize {
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// vCPUs.
+    pub vcpus: u8,
+}
+
+/// A limit that no VM can be made for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// Too little memory.
+    #[error("a memory limit of {0} bytes is too small: the least is {MIN_MEMORY_MIB}m")]
+    TooSmall(u64),
+    /// More memory than can be counted.
+    #[error("the memory limit is too large")]
+    TooLarge,
+}
+
+impl VmSize {
+    /// What the VM's processes on the host may use with this much guest memory, bytes.
+    pub fn on_host(self, engine: Engine) -> u64 {
+        let overhead = match engine {
+            Engine::Kvm => HOST_OVERHEAD_KVM_MIB,
+            Engine::Software => HOST_OVERHEAD_SOFTWARE_MIB,
+        };
+        (u64::from(self.memory_mib) + overhead) << 20
+    }
+
+    /// The size for a container that may use `memory` bytes and `milli_cpus` thousandths of a CPU; `None` is no limit.
+    ///
+    /// # Errors
+    /// [`LimitError`].
+    pub fn for_limits(memory: Option<u64>, milli_cpus: Option<u32>) -> Result<Self, LimitError> {
+        let memory_mib = match memory {
+            None => DEFAULT_MEMORY_MIB,
+            Some(limit) if limit < MIN_MEMORY_MIB << 20 => return Err(LimitError::TooSmall(limit)),
+            Some(limit) => u32::try_from(limit.div_ceil(1 << 20))
+                .ok()
+                .and_then(|mib| mib.checked_add(GUEST_OVERHEAD_MIB))
+                .ok_or(LimitError::TooLarge)?,
+        };
+        let vcpus = milli_cpus.map_or(1, |milli| milli.div_ceil(1000).max(1));
+        Ok(Self {
+            memory_mib,
+            vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_is_as_large_as_its_containers_limits_and_what_the_guest_needs() {
+        let size = |memory, cpus| VmSize::for_limits(memory, cpus).map(|s| (s.memory_mib, s.vcpus));
+        assert_eq!(size(None, None), Ok((1024, 1)));
+        assert_eq!(size(Some(64 << 20), Some(1500)), Ok((160, 2)));
+        assert_eq!(size(Some((64 << 20) + 1), Some(10)), Ok((161, 1)));
+        assert_eq!(
+            size(Some(1 << 20), None),
+            Err(LimitError::TooSmall(1 << 20))
+        );
+        assert_eq!(size(Some(u64::MAX), None), Err(LimitError::TooLarge));
+    }
+}

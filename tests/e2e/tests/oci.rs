@@ -1,0 +1,642 @@
+//! `cloison-runtime` as a caller of runc drives it: a bundle made by hand, runc's verbs, flags, files and messages.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::host::{Host, dist, fail, rootfs, succeed, text};
+
+/// A bundle, the state directory that its container is in, and the runtime's log.
+struct Bundle {
+    host: Host,
+    config: Value,
+}
+
+impl Bundle {
+    /// One whose process is a shell with this script.
+    fn shell(script: &str) -> Self {
+        let host = Host::new();
+        fs::create_dir(host.path("bundle")).unwrap();
+        rootfs(&host.path("bundle/rootfs"));
+        let output = runtime(
+            &host,
+            &["spec", "-b", host.path("bundle").to_str().unwrap()],
+        );
+        succeed(&output);
+        let config = fs::read(host.path("bundle/config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&config).unwrap();
+        config["process"]["terminal"] = false.into();
+        config["process"]["args"] = json!(["sh", "-c", script]);
+        config["root"]["readonly"] = false.into();
+        config["linux"]["cgroupsPath"] = format!("/{}", name_of(&host)).into();
+        let bundle = Self { host, config };
+        bundle.write();
+        bundle
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Value)) -> Self {
+        change(&mut self.config);
+        self.write();
+        self
+    }
+
+    fn write(&self) {
+        let text = serde_json::to_vec(&self.config).unwrap();
+        fs::write(self.dir().join("config.json"), text).unwrap();
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.host.path("bundle")
+    }
+
+    /// The container's cgroup, which no other test uses.
+    fn cgroup(&self) -> String {
+        name_of(&self.host)
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        runtime(&self.host, args)
+    }
+
+    /// Runs the container in the foreground.
+    fn output(&self) -> Output {
+        let dir = self.dir();
+        self.run(&["run", "--bundle", dir.to_str().unwrap(), "one"])
+    }
+
+    /// Creates the container, its output in a file, and gives the pid that its caller gets.
+    fn create(&self) -> i32 {
+        let (pid, out) = (self.host.path("pid"), self.host.path("out"));
+        let out = File::create(out).unwrap();
+        let status = command(&self.host)
+            .args(["create", "--pid-file", pid.to_str().unwrap()])
+            .args(["--bundle", self.dir().to_str().unwrap(), "one"])
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{}{}", self.written(), self.log());
+        fs::read_to_string(pid).unwrap().parse().unwrap()
+    }
+
+    fn create_and_start(&self) -> i32 {
+        let pid = self.create();
+        succeed(&self.run(&["start", "one"]));
+        pid
+    }
+
+    fn written(&self) -> String {
+        fs::read_to_string(self.host.path("out")).unwrap()
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.host.path("log.json")).unwrap_or_default()
+    }
+
+    fn state(&self) -> Value {
+        serde_json::from_str(&succeed(&self.run(&["state", "one"]))).unwrap()
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        succeed(&self.run(&["delete", "--force", "one"]));
+        assert_eq!(succeed(&self.run(&["list", "-q"])), "");
+        assert_eq!(cgroups(&self.cgroup()), Vec::<PathBuf>::new());
+    }
+}
+
+/// The cgroups of a container on cgroup v1 and v2.
+fn cgroups(name: &str) -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let v1 = fs::read_dir(root)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path());
+    let all = v1
+        .chain([root.to_owned()])
+        .map(|hierarchy| hierarchy.join(name));
+    all.filter(|path| path.is_dir()).collect()
+}
+
+/// A name that no other test uses.
+fn name_of(host: &Host) -> String {
+    let dir = host.path("x");
+    let dir = dir.parent().unwrap().file_name().unwrap();
+    dir.to_str().unwrap().to_owned()
+}
+
+fn command(host: &Host) -> Command {
+    let mut command = Command::new(dist().join("cloison-runtime"));
+    command
+        .arg("--root")
+        .arg(host.run_dir())
+        .args(["--log-format", "json", "--log"])
+        .arg(host.path("log.json"))
+        .stdin(Stdio::null());
+    command
+}
+
+fn runtime(host: &Host, args: &[&str]) -> Output {
+    command(host).args(args).output().unwrap()
+}
+
+/// Waits until a process that is not our child is gone.
+fn await_end(pid: i32) {
+    let Ok(pidfd) = pidfd(pid) else { return };
+    let mut fds = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(&pidfd),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    assert_eq!(nix::poll::poll(&mut fds, 20_000_u16), Ok(1), "{pid} stays");
+}
+
+fn pidfd(pid: i32) -> std::io::Result<std::os::fd::OwnedFd> {
+    // SAFETY: the system call takes two integers, and the descriptor it returns is nobody else's.
+    unsafe {
+        match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
+            fd @ 0.. => Ok(std::os::fd::FromRawFd::from_raw_fd(fd as i32)),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+}
+
+#[test]
+fn a_container_lives_through_runcs_verbs() {
+    let bundle =
+        Bundle::shell("trap 'echo ended; exit 5' TERM; echo up; while :; do sleep 0.1; done")
+            .with(|config| config["annotations"] = json!({ "who": "test" }));
+    let pid = bundle.create();
+    let state = bundle.state();
+    assert_eq!(state["status"], "created");
+    assert_eq!((&state["id"], &state["pid"]), (&"one".into(), &pid.into()));
+    assert_eq!(state["bundle"], bundle.dir().to_str().unwrap());
+    assert_eq!(state["annotations"]["who"], "test");
+    assert!(state["ociVersion"].as_str().unwrap().starts_with("1."));
+    fail(
+        &bundle.run(&["create", "-b", bundle.dir().to_str().unwrap(), "one"]),
+        1,
+        &["already exists"],
+    );
+
+    succeed(&bundle.run(&["start", "one"]));
+    assert_eq!(bundle.state()["status"], "running");
+    fail(
+        &bundle.run(&["start", "one"]),
+        1,
+        &["cannot start an already running container"],
+    );
+    fail(
+        &bundle.run(&["delete", "one"]),
+        1,
+        &["is not stopped: running"],
+    );
+    let list: Value = serde_json::from_str(&succeed(&bundle.run(&["list", "-f", "json"]))).unwrap();
+    assert_eq!(
+        (&list[0]["pid"], &list[0]["owner"]),
+        (&pid.into(), &"root".into())
+    );
+    let pids: Vec<i32> =
+        serde_json::from_str(&succeed(&bundle.run(&["ps", "-f", "json", "one"]))).unwrap();
+    assert!(pids.contains(&pid) && pids.len() > 1, "{pids:?}");
+
+    succeed(&bundle.run(&["pause", "one"]));
+    assert_eq!(bundle.state()["status"], "paused");
+    fail(
+        &bundle.run(&["exec", "one", "true"]),
+        255,
+        &["paused container"],
+    );
+    succeed(&bundle.run(&["resume", "one"]));
+    succeed(&bundle.run(&["update", "--memory", "100M", "one"]));
+    let limit = bundle.run(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]);
+    assert_eq!(succeed(&limit), "104857600\n");
+    fail(
+        &bundle.run(&["update", "--memory", "64G", "one"]),
+        1,
+        &["cannot be raised"],
+    );
+    let stats: Value =
+        serde_json::from_str(&succeed(&bundle.run(&["events", "--stats", "one"]))).unwrap();
+    assert!(stats["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
+
+    let exec = bundle.run(&[
+        "exec",
+        "-e",
+        "A=b",
+        "--cwd",
+        "/tmp",
+        "-u",
+        "1000",
+        "one",
+        "sh",
+        "-c",
+        "echo $A $PWD $(id -u); exit 3",
+    ]);
+    assert_eq!(
+        (exec.status.code(), text(&exec.stdout).as_str()),
+        (Some(3), "b /tmp 1000\n")
+    );
+    fail(
+        &bundle.run(&["exec", "one", "nonsense"]),
+        255,
+        &["\"nonsense\"", "executable file not found"],
+    );
+
+    succeed(&bundle.run(&["kill", "one", "TERM"]));
+    await_end(pid);
+    assert_eq!(bundle.written(), "up\nended\n");
+    let state = bundle.state();
+    assert_eq!(
+        (&state["status"], &state["pid"]),
+        (&"stopped".into(), &0.into())
+    );
+    fail(
+        &bundle.run(&["kill", "one", "KILL"]),
+        1,
+        &["container not running"],
+    );
+    fail(
+        &bundle.run(&["exec", "one", "true"]),
+        255,
+        &["stopped container"],
+    );
+    fail(&bundle.run(&["start", "one"]), 1, &["has stopped"]);
+    succeed(&bundle.run(&["delete", "one"]));
+    fail(&bundle.run(&["state", "one"]), 1, &["does not exist"]);
+    fail(&bundle.run(&["delete", "one"]), 1, &["does not exist"]);
+    succeed(&bundle.run(&["delete", "--force", "one"]));
+    let errors = bundle.log();
+    let last: Value = serde_json::from_str(errors.lines().last().unwrap()).unwrap();
+    assert_eq!(last["level"], "error");
+    assert!(last["msg"].as_str().unwrap().contains("does not exist"));
+}
+
+#[test]
+fn run_gives_the_containers_output_and_status_and_leaves_nothing() {
+    let bundle = Bundle::shell("echo out; echo err >&2; exit 7");
+    let output = bundle.output();
+    assert_eq!(output.status.code(), Some(7), "{}", bundle.log());
+    assert_eq!(
+        (text(&output.stdout).as_str(), text(&output.stderr).as_str()),
+        ("out\n", "err\n")
+    );
+}
+
+#[test]
+fn the_pid_that_a_caller_gets_takes_signals_and_its_death_is_the_containers() {
+    let bundle = Bundle::shell("trap 'echo usr1' USR1; echo up; while :; do sleep 0.1; done");
+    let pid = bundle.create_and_start();
+    let exec_pid = bundle.host.path("exec-pid");
+    let script = "trap 'exit 9' USR2; while :; do sleep 0.1; done";
+    succeed(&bundle.run(&[
+        "exec",
+        "-d",
+        "--pid-file",
+        exec_pid.to_str().unwrap(),
+        "one",
+        "sh",
+        "-c",
+        script,
+    ]));
+    let exec: i32 = fs::read_to_string(exec_pid).unwrap().parse().unwrap();
+    let count = "ps | grep -c '[u]sr2\\|[U]SR2'";
+    assert_eq!(
+        succeed(&bundle.run(&["exec", "one", "sh", "-c", count])),
+        "1\n"
+    );
+    signal(exec, libc::SIGKILL);
+    await_end(exec);
+    // The lifeline is cut, and the guest's process goes.
+    let gone = format!("while [ $({count}) != 0 ]; do sleep 0.1; done");
+    succeed(&bundle.run(&["exec", "one", "sh", "-c", &gone]));
+
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(cgroups.contains(&bundle.cgroup()), "{cgroups}");
+    let own = fs::read_link("/proc/self/ns/net").unwrap();
+    assert_ne!(fs::read_link(format!("/proc/{pid}/ns/net")).unwrap(), own);
+    signal(pid, libc::SIGUSR1);
+    signal(pid, libc::SIGKILL);
+    await_end(pid);
+    assert_eq!(bundle.state()["status"], "stopped");
+}
+
+fn signal(pid: i32, number: i32) {
+    // SAFETY: kill(2) takes two integers.
+    assert_eq!(unsafe { libc::kill(pid, number) }, 0);
+}
+
+#[test]
+fn hooks_run_where_and_when_they_should() {
+    let script = "cat $LOG/place 2>/dev/null; exit 0";
+    let bundle = Bundle::shell(script);
+    let log = bundle.host.path("hooks");
+    let hook = |name: &str| {
+        let script = format!(
+            "printf '%s ' {name} >> {log}; sed 's/.*\"status\":\"\\([a-z]*\\)\".*/\\1/' >> {log}; echo >> {log}",
+            log = log.display()
+        );
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"], "timeout": 20 }])
+    };
+    let inside = json!([{ "path": "/bin/sh", "args": ["sh", "-c", "echo inside > /started"] }]);
+    let bundle = bundle.with(|config| {
+        config["hooks"] = json!({
+            "prestart": hook("prestart"), "createRuntime": hook("createRuntime"),
+            "createContainer": hook("createContainer"), "startContainer": inside,
+            "poststart": hook("poststart"), "poststop": hook("poststop"),
+        });
+    });
+    let output = bundle.output();
+    assert!(output.status.success(), "{}", bundle.log());
+    let ran = fs::read_to_string(bundle.host.path("hooks")).unwrap();
+    let ran: Vec<&str> = ran.lines().filter(|line| !line.is_empty()).collect();
+    assert_eq!(
+        ran,
+        [
+            "prestart creating",
+            "createRuntime creating",
+            "createContainer creating",
+            "poststart running",
+            "poststop stopped"
+        ]
+    );
+    let started = fs::read_to_string(bundle.dir().join("rootfs/started"));
+    assert_eq!(started.unwrap(), "inside\n");
+}
+
+#[test]
+fn a_hook_that_fails_ends_the_container_before_it_is_one() {
+    let bundle = Bundle::shell("true").with(|config| {
+        config["hooks"] = json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo oh no; exit 1"] }] });
+    });
+    fail(&bundle.output(), 1, &["createRuntime", "oh no"]);
+    fail(&bundle.run(&["state", "one"]), 1, &["does not exist"]);
+}
+
+#[test]
+fn mounts_of_the_host_reach_the_guest_as_they_were_meant() {
+    let bundle = Bundle::shell(
+        "cat /a/file /b; echo new > /a/written; echo x > /ro/file; touch /scratch/x && df -m /scratch | tail -n 1 | awk '{ print $2 }'",
+    );
+    let dir = bundle.host.path("shared");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("file"), "in the directory\n").unwrap();
+    let bundle = bundle.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/a", "type": "bind", "source": dir, "options": ["rbind", "rprivate"] }));
+        mounts.push(json!({ "destination": "/b", "type": "none", "source": dir.join("file"), "options": ["bind", "ro"] }));
+        mounts.push(json!({ "destination": "/ro", "type": "bind", "source": dir, "options": ["rbind", "rro"] }));
+        mounts.push(json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["size=3m", "tmpcopyup"] }));
+    });
+    let output = bundle.output();
+    assert_eq!(
+        text(&output.stdout),
+        "in the directory\nin the directory\n3\n",
+        "{}{}",
+        text(&output.stderr),
+        bundle.log()
+    );
+    assert!(text(&output.stderr).contains("Read-only file system"));
+    assert_eq!(fs::read_to_string(dir.join("written")).unwrap(), "new\n");
+    assert_eq!(
+        fs::read_to_string(dir.join("file")).unwrap(),
+        "in the directory\n"
+    );
+}
+
+/// What cannot be done is refused before anything is made.
+#[test]
+fn what_a_vm_cannot_do_is_refused_with_the_reason() {
+    let socket = std::env::temp_dir().join(format!("cloison-e2e-{}.sock", std::process::id()));
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let without = |kind: &'static str| {
+        move |config: &mut Value| {
+            let all = config["linux"]["namespaces"].as_array_mut().unwrap();
+            all.retain(|namespace| namespace["type"] != kind);
+        }
+    };
+    type Change = Box<dyn FnOnce(&mut Value)>;
+    let cases: Vec<(Change, &str)> = vec![
+        (Box::new(without("network")), "network namespace"),
+        (Box::new(without("pid")), "PID namespace"),
+        (
+            Box::new(|c| {
+                c["linux"]["namespaces"][0] = json!({ "type": "pid", "path": "/proc/1/ns/pid" })
+            }),
+            "joined",
+        ),
+        (
+            Box::new(|c| {
+                c["linux"]["devices"] =
+                    json!([{ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }])
+            }),
+            "/dev/sda",
+        ),
+        (
+            Box::new(|c| c["linux"]["intelRdt"] = json!({ "closID": "x" })),
+            "intelRdt",
+        ),
+        (
+            Box::new(|c| c["linux"]["resources"]["blockIO"] = json!({ "weight": 10 })),
+            "blockIO",
+        ),
+        (
+            Box::new(|c| c["linux"]["resources"]["memory"] = json!({ "limit": 1024 })),
+            "too small",
+        ),
+        (
+            Box::new(|c| {
+                c["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 4 })
+            }),
+            "ioPriority",
+        ),
+        (Box::new(|c| c["ociVersion"] = "2.0.0".into()), "ociVersion"),
+        (
+            Box::new(|c| c["root"]["path"] = "nowhere".into()),
+            "nowhere",
+        ),
+        (
+            Box::new(|c| c["annotations"] = json!({ "io.cloison.engine": "magic" })),
+            "io.cloison.engine",
+        ),
+        (
+            Box::new(|c| {
+                c["mounts"]
+                    .as_array_mut()
+                    .unwrap()
+                    .push(json!({ "destination": "/x", "type": "nfs", "source": "x" }))
+            }),
+            "nfs",
+        ),
+        (
+            Box::new(|c| {
+                c["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "bind", "source": "/gone", "options": ["bind"] }))
+            }),
+            "/gone",
+        ),
+        (
+            Box::new(|c| {
+                c["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"] }))
+            }),
+            "rshared",
+        ),
+        (
+            {
+                let socket = socket.clone();
+                Box::new(move |c| {
+                    c["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "bind", "source": socket, "options": ["bind"] }))
+                })
+            },
+            "socket",
+        ),
+    ];
+    let mut bundle = Bundle::shell("true");
+    let good = bundle.config.clone();
+    for (change, word) in cases {
+        bundle.config = good.clone();
+        change(&mut bundle.config);
+        bundle.write();
+        fail(&bundle.output(), 1, &[word]);
+    }
+    fs::remove_file(socket).unwrap();
+    fs::write(bundle.dir().join("config.json"), "{").unwrap();
+    fail(&bundle.output(), 1, &["config.json"]);
+    let none = bundle.run(&["create", "--bundle", "/nonexistent", "one"]);
+    fail(&none, 1, &["/nonexistent"]);
+    let fds = bundle.run(&["create", "--preserve-fds", "1", "one"]);
+    fail(&fds, 1, &["--preserve-fds"]);
+    fail(&bundle.run(&["checkpoint", "one"]), 1, &["not supported"]);
+    succeed(&bundle.run(&["checkpoint", "--help"]));
+}
+
+#[test]
+fn a_vm_that_dies_is_no_success_and_leaves_its_last_words_in_the_log() {
+    let bundle = Bundle::shell("echo c > /proc/sysrq-trigger; sleep 100").with(|config| {
+        let all = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]);
+        config["process"]["capabilities"] =
+            json!({ "bounding": all, "effective": all, "permitted": all });
+        config["linux"]["readonlyPaths"] = json!([]);
+        config["linux"]["maskedPaths"] = json!([]);
+    });
+    let vm = bundle.create_and_start();
+    // Whatever the guest makes of the above, its VM is gone in the end.
+    let pids: Vec<i32> =
+        serde_json::from_str(&text(&bundle.run(&["ps", "-f", "json", "one"]).stdout))
+            .unwrap_or_default();
+    for pid in pids.into_iter().filter(|pid| *pid != vm) {
+        // SAFETY: kill(2) takes two integers; a process that is gone already is no error here.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+    await_end(vm);
+    assert!(
+        bundle.log().contains("the VM has ended"),
+        "{}",
+        bundle.log()
+    );
+    assert_eq!(bundle.state()["status"], "stopped");
+}
+
+#[test]
+fn the_version_and_the_features_are_what_callers_parse() {
+    let host = Host::new();
+    let version = succeed(&runtime(&host, &["--version"]));
+    assert_eq!(version.lines().count(), 3);
+    assert!(version.contains(" version ") && version.contains("\nspec: 1."));
+    let features: Value = serde_json::from_str(&succeed(&runtime(&host, &["features"]))).unwrap();
+    assert_eq!(features["linux"]["apparmor"]["enabled"], false);
+    fail(&runtime(&host, &["delete", "gone"]), 1, &["does not exist"]);
+    succeed(&runtime(&host, &["delete", "--force", "gone"]));
+}
+
+/// A caller that takes the terminal of a container at a console socket.
+struct Recipient {
+    listener: UnixListener,
+}
+
+impl Recipient {
+    fn take(self) -> File {
+        use std::os::fd::{AsRawFd, FromRawFd};
+        let (stream, _) = self.listener.accept().unwrap();
+        let mut name = [0; 64];
+        let mut io = [std::io::IoSliceMut::new(&mut name)];
+        let mut space = nix::cmsg_space!(i32);
+        let message = nix::sys::socket::recvmsg::<()>(
+            stream.as_raw_fd(),
+            &mut io,
+            Some(&mut space),
+            nix::sys::socket::MsgFlags::empty(),
+        )
+        .unwrap();
+        let mut fds = message
+            .cmsgs()
+            .unwrap()
+            .filter_map(|message| match message {
+                nix::sys::socket::ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                _ => None,
+            });
+        // SAFETY: the kernel has just made this descriptor for us.
+        unsafe { File::from_raw_fd(fds.next().unwrap()) }
+    }
+}
+
+#[test]
+fn a_terminal_goes_to_the_console_socket_and_follows_its_size() {
+    let bundle = Bundle::shell("stty size; read line; stty size; echo got $line").with(|config| {
+        config["process"]["terminal"] = true.into();
+        config["process"]["consoleSize"] = json!({ "width": 81, "height": 24 });
+    });
+    let socket = bundle.host.path("console");
+    let recipient = Recipient {
+        listener: UnixListener::bind(&socket).unwrap(),
+    };
+    let mut create: Child = command(&bundle.host)
+        .args([
+            "create",
+            "--console-socket",
+            socket.to_str().unwrap(),
+            "--bundle",
+        ])
+        .args([bundle.dir().to_str().unwrap(), "one"])
+        .spawn()
+        .unwrap();
+    let mut terminal = recipient.take();
+    assert!(create.wait().unwrap().success(), "{}", bundle.log());
+    succeed(&bundle.run(&["start", "one"]));
+    let mut seen = until(&mut terminal, "24 81");
+    let size = libc::winsize {
+        ws_row: 30,
+        ws_col: 100,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize from the address it is given.
+    let set = unsafe {
+        libc::ioctl(
+            std::os::fd::AsRawFd::as_raw_fd(&terminal),
+            libc::TIOCSWINSZ,
+            &raw const size,
+        )
+    };
+    assert_eq!(set, 0);
+    // The size and the line take different ways; a second line shows that the first has arrived.
+    let follow = "while [ \"$(stty size < /dev/console)\" != '30 100' ]; do sleep 0.1; done";
+    succeed(&bundle.run(&["exec", "one", "sh", "-c", follow]));
+    std::io::Write::write_all(&mut terminal, b"hello\n").unwrap();
+    seen += &until(&mut terminal, "got hello");
+    assert!(seen.contains("30 100"), "{seen}");
+}
+
+fn until(terminal: &mut File, word: &str) -> String {
+    let mut seen = String::new();
+    let mut block = [0; 1024];
+    while !seen.contains(word) {
+        let count = terminal.read(&mut block).unwrap_or(0);
+        assert!(count > 0, "{word:?} did not come: {seen}");
+        seen += &String::from_utf8_lossy(&block[..count]);
+    }
+    seen
+}
