@@ -39,7 +39,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     );
     ensure!(
         !systemd,
-        "--systemd-cgroup is not supported yet: use the cgroupfs driver"
+        "--systemd-cgroup is not supported: use the cgroupfs driver (docker: \"exec-opts\": [\"native.cgroupdriver=cgroupfs\"] in daemon.json; podman: --cgroup-manager cgroupfs)"
     );
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
@@ -70,9 +70,9 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         id: args.container.clone(),
         engine,
         memory_mib: plan.size.memory_mib,
-        max_memory_mib: plan.size.memory_mib,
         vcpus: plan.size.vcpus,
         max_vcpus: plan.size.vcpus,
+        max_memory_mib: plan.size.memory_mib,
         // For an interface that comes later.
         spare_nics: 1,
         kernel: parts.kernel()?,

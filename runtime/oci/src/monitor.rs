@@ -99,6 +99,8 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
 
     let (streams, sizes) = match (job.plan.terminal, &job.console_socket) {
         (Some(size), Some(socket)) => {
+            // A caller may wait for the end of what it gave the command.
+            drop(stdio);
             let console = Console::hand_over(socket, size)?;
             (console.streams()?, Sizes::Console(console))
         }
