@@ -57,6 +57,23 @@ pub fn rootfs(dir: &Path) {
     succeed(&made);
 }
 
+/// Packs a root file system.
+pub fn image_tar(root: &Path, tar: &Path) {
+    let packed = Command::new("tar")
+        .arg("-C")
+        .arg(root)
+        .arg("-cf")
+        .arg(tar)
+        .arg(".")
+        .output();
+    succeed(&packed.unwrap());
+}
+
+/// Whether this is a machine without room for other container engines, like the lab's.
+pub fn is_small() -> bool {
+    std::env::var_os("CLOISON_TEST_SMALL").is_some()
+}
+
 /// The directory of the built product.
 pub fn dist() -> PathBuf {
     variable("CLOISON_DIST")
