@@ -98,8 +98,6 @@ pub enum DeviceKind {
         /// What the guest sees as its serial number, at most 20 bytes.
         serial: String,
     },
-    /// Persistent memory: a file of the host's, whose descriptor comes along, which the guest can read and map without a copy (DAX).
-    Pmem {},
     /// A network interface: a tap, whose descriptor comes along.
     Net {
         /// The guest's hardware address.
@@ -110,7 +108,7 @@ pub enum DeviceKind {
 impl DeviceKind {
     /// Whether it is made from a descriptor.
     fn has_descriptor(&self) -> bool {
-        matches!(self, Self::Blk { .. } | Self::Pmem {} | Self::Net { .. })
+        matches!(self, Self::Blk { .. } | Self::Net { .. })
     }
 }
 

@@ -59,11 +59,6 @@ impl Bus {
         &self.slots
     }
 
-    /// The slot that the next device will be in.
-    pub(super) fn first_empty(&self) -> Option<usize> {
-        self.notifications.iter().position(Option::is_none)
-    }
-
     /// Puts `device` into the first empty slot, and answers which that is. A guest that runs already must be told to look at it.
     ///
     /// # Errors
@@ -73,7 +68,8 @@ impl Bus {
         name: &'static str,
         device: Box<dyn Device>,
     ) -> Result<usize, KvmError> {
-        let slot = self.first_empty().ok_or(KvmError::NoSlot)?;
+        let empty = self.notifications.iter().position(Option::is_none);
+        let slot = empty.ok_or(KvmError::NoSlot)?;
         let worker = match device.device_type() {
             TYPE_BLK | TYPE_FS => &self.files,
             _ => &self.rest,

@@ -64,13 +64,6 @@ pub(super) fn configure(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, f
     CpuId::from_entries(&entries)
 }
 
-/// Width of the guest's physical addresses, bits (leaf 0x8000_0008); 36 where KVM does not say.
-pub(super) fn address_bits(supported: &CpuId) -> u8 {
-    let entries = supported.as_slice();
-    let sizes = entries.iter().find(|entry| entry.function == AMD_SIZES);
-    sizes.map_or(36, |entry| entry.eax as u8)
-}
-
 /// One processor's place among all.
 #[derive(Clone, Copy)]
 struct Shape {

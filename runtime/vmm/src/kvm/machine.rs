@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng};
+use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Rng};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -16,11 +16,10 @@ use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
-use super::layout::{HOLE_END, KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
 use super::ports::Ports;
 use super::run::{self, Machine as Shared};
 use super::vcpu::{self, Offer};
-use super::window::Windows;
 use super::{boot, kernel, kick, memory, mptable};
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
@@ -39,7 +38,6 @@ pub(crate) struct KvmMachine {
     bus: Bus,
     /// Gives the guest memory while it runs, if it may ever have more.
     hot_memory: Option<MemHandle>,
-    windows: Windows,
     /// The slots of network devices.
     nics: Vec<u32>,
     /// The vCPU that boots, until it has its thread.
@@ -76,7 +74,6 @@ impl KvmMachine {
             .map_err(kvm("make interrupt controllers"))?;
 
         let vm = Arc::new(vm);
-        let above = memory.last_addr().raw_value() + 1;
         let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
         let Devices { fs, vsock, nics } = devices;
         for (name, device) in boot_devices(fs, vsock, log.clone(), &memory)? {
@@ -97,7 +94,6 @@ impl KvmMachine {
             .map(|net| bus.plug("net", Box::new(net)).map(|slot| slot as u32))
             .collect::<Result<_, _>>()?;
         let offer = Offer::of(&kvm_fd)?;
-        let windows = Windows::new(Arc::clone(&vm), above.max(HOLE_END), offer.address_bits());
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
         vcpu::point_at(&first, entry)?;
         kick::install().map_err(system("install a signal handler"))?;
@@ -116,7 +112,6 @@ impl KvmMachine {
             shared,
             bus,
             hot_memory,
-            windows,
             nics,
             first: Some(first),
             vcpus: Vec::new(),
@@ -151,19 +146,6 @@ impl KvmMachine {
         self.vcpus
             .push(thread.map_err(system("start a vCPU's thread"))?);
         Ok(())
-    }
-
-    fn plug_pmem(&mut self, file: &File) -> Result<usize, KvmError> {
-        let slot = self.bus.first_empty().ok_or(KvmError::NoSlot)?;
-        let (start, length) = self.windows.open(slot, file)?;
-        let plugged = Pmem::new(start, length)
-            .map_err(io::Error::other)
-            .map_err(system("make persistent memory"))
-            .and_then(|pmem| self.bus.plug("pmem", Box::new(pmem)));
-        if plugged.is_err() {
-            self.windows.close(slot)?;
-        }
-        plugged
     }
 
     /// Has every vCPU pass the gate again.
@@ -251,7 +233,6 @@ impl Machine for KvmMachine {
     fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
         let is_net = matches!(kind, DeviceKind::Net { .. });
         let plugged = match kind {
-            DeviceKind::Pmem {} => self.plug_pmem(&from(file)?.into()),
             DeviceKind::Rng => {
                 let rng = Rng::new().map_err(|errno| format!("cannot make the device: {errno}"))?;
                 self.bus.plug("rng", Box::new(rng))
@@ -279,9 +260,7 @@ impl Machine for KvmMachine {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
         let unplugged = self.bus.unplug(slot as usize);
-        unplugged
-            .and_then(|()| self.windows.close(slot as usize))
-            .map_err(|error| chain(&error))?;
+        unplugged.map_err(|error| chain(&error))?;
         self.nics.retain(|nic| *nic != slot);
         Ok(())
     }

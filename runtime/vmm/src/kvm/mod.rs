@@ -20,7 +20,6 @@ mod run;
 mod slot;
 mod vcpu;
 mod vcpu_state;
-mod window;
 mod worker;
 
 pub(crate) use error::KvmError;

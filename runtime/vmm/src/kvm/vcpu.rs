@@ -30,11 +30,6 @@ const MXCSR: u32 = 0x1f80;
 pub(super) struct Offer(CpuId);
 
 impl Offer {
-    /// Width of the guest's physical addresses.
-    pub(super) fn address_bits(&self) -> u8 {
-        cpuid::address_bits(&self.0)
-    }
-
     pub(super) fn of(kvm_fd: &Kvm) -> Result<Self, KvmError> {
         kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)

@@ -18,7 +18,6 @@ crate::tests![
     a_device_and_a_cpu_that_come_while_the_guest_runs_are_taken_up,
     a_vm_takes_no_more_vcpus_devices_and_slots_than_it_has,
     memory_comes_and_goes_while_the_guest_runs,
-    a_file_is_shown_to_the_guest_as_persistent_memory,
     memory_that_a_guest_has_freed_goes_back_to_the_host,
 ];
 
@@ -274,40 +273,5 @@ fn memory_that_a_guest_has_freed_goes_back_to_the_host() {
         crate::guest::anonymous_kib(pid) < most - (48 << 10)
     });
     bench.control().kill().unwrap();
-    assert_eq!(wait(&mut process).reason, EndReason::Killed);
-}
-
-fn a_file_is_shown_to_the_guest_as_persistent_memory() {
-    let script =
-        "export PATH=/; b() { /busybox \"$@\"; }; b mkdir /sys; b mount -t sysfs sysfs /sys
-        cd /sys/bus/platform/drivers/virtio-mmio; echo ready >/dev/hvc0
-        until echo virtio-mmio.5 >bind; do b usleep 50000; done
-        until [ -b /dev/pmem0 ]; do b usleep 50000; done
-        echo \"found $(b head -c 3 /dev/pmem0)\" >/dev/hvc0
-        echo bad | b dd of=/dev/pmem0 conv=fsync 2>/dev/null
-        echo virtio-mmio.5 >unbind; echo gone >/dev/hvc0; b sleep 1000";
-    let Some(mut bench) = with_init(script) else {
-        return;
-    };
-    let mut process = bench.launch().unwrap();
-    until_logged(&bench, "ready");
-    let content = bench.path().join("content");
-    fs::write(&content, [b'd'; 3 << 20]).unwrap();
-    let file = fs::File::open(&content).unwrap();
-    let control = bench.control();
-    let plugged = control.plug(DeviceKind::Pmem {}, Some(file.as_fd()));
-    let slot = plugged.unwrap().slot;
-    assert_eq!(slot, 5);
-    until_logged(&bench, "found ddd");
-    until_logged(&bench, "gone");
-    control.unplug(slot).unwrap();
-    assert!(fs::read(&content).unwrap().iter().all(|byte| *byte == b'd'));
-    let empty = fs::File::create(bench.path().join("empty")).unwrap();
-    let refused = control.plug(DeviceKind::Pmem {}, Some(empty.as_fd()));
-    assert!(
-        matches!(refused, Err(ControlError::Refused(_))),
-        "{refused:?}"
-    );
-    control.kill().unwrap();
     assert_eq!(wait(&mut process).reason, EndReason::Killed);
 }
