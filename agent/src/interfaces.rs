@@ -85,8 +85,10 @@ impl Interfaces {
             (set, wanted)
         })
         .await?;
-        // What was set before it failed is to be taken away one day, too.
-        configured.insert(now.device, now);
+        // What was set before it failed is to be taken away one day, too, unless there was nothing to set it on.
+        if !matches!(&set, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            configured.insert(now.device, now);
+        }
         set.doing(|| format!("configuring the network interface {name}"))
     }
 

@@ -34,7 +34,7 @@ pub fn make_root() {
     fs::set_permissions(format!("{ROOT}/tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
     fs::copy("/busybox", format!("{ROOT}/bin/busybox")).unwrap();
     let applets = "sh cat echo id sleep true false env pwd stty head yes kill ls mkdir mknod mount grep wc tr seq dd \
-                   hostname ifconfig touch ps sed sha256sum test rm cut";
+                   hostname ifconfig touch ps sed sha256sum test rm cut ip";
     for applet in applets.split_whitespace() {
         symlink("busybox", format!("{ROOT}/bin/{applet}")).unwrap();
     }

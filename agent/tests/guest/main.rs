@@ -6,6 +6,7 @@
 
 mod agent;
 mod execs;
+mod interfaces;
 mod limits;
 mod lives;
 mod security;
@@ -75,6 +76,8 @@ const TESTS: &[Test] = tests![
     security::namespaces_hostname_and_sysctls_are_its_own,
     security::a_user_namespace_maps_its_root,
     security::identity_home_and_directory_are_the_users,
+    interfaces::an_interface_is_made_what_the_host_says_and_follows_it,
+    interfaces::an_interface_that_cannot_be_is_refused_with_the_reason,
     limits::memory_beyond_the_limit_is_an_oom_kill,
     limits::processes_beyond_the_limit_are_refused,
     limits::rlimits_are_those_of_the_spec,

@@ -157,6 +157,8 @@ pub(crate) fn egress(id: &str, record: &Record) -> String {
     );
     let rules = policy.rules(&record.names).into_iter().chain([
         format!("limit rate 10/second burst 20 packets log prefix \"cloison {id} refused: \""),
+        // The kernel sends a host a message of ICMP a second, and some of those are redirects; resets it does not count.
+        format!("meta l4proto tcp counter name {counter} reject with tcp reset"),
         format!("counter name {counter} reject with icmpx admin-prohibited"),
     ]);
     for rule in rules {

@@ -66,7 +66,8 @@ impl Store {
     }
 
     fn lock_now(self) -> Result<Locked> {
-        let path = self.sandboxes.with_extension("lock");
+        // With the networks: several run directories may share them.
+        let path = self.networks.with_extension("lock");
         let locked: io::Result<File> = (|| {
             for file in [&self.networks, &self.sandboxes] {
                 if let Some(directory) = file.parent() {

@@ -296,7 +296,11 @@ fn a_policy_holds_for_what_a_container_begins_and_for_nothing_else() {
     let address = place["IPAddress"].as_str().unwrap().to_owned();
     let shut = world.server(&["--egress", "deny", "-p", "8081:80"], "shut");
     let get = format!("wget -qO- http://{address}/");
-    assert!(!world.exec(&shut, &get).status.success());
+    let refused = world.exec(&shut, &get);
+    assert!(
+        text(&refused.stderr).contains("Connection refused"),
+        "{refused:?}"
+    );
     assert!(
         !world
             .exec(&shut, "ping -c 1 -w 2 10.192.0.1")
