@@ -389,6 +389,7 @@ mod tests {
         Record::new(
             "/b".into(),
             "/b/rootfs".into(),
+            "/c".into(),
             Engine::Software,
             "x".into(),
         )
