@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::host::{dist, is_small, rootfs, succeed, text};
+use crate::host::{dist, emulated, rootfs, succeed, text};
 
 struct Containerd {
     dir: tempfile::TempDir,
@@ -53,7 +53,7 @@ impl Drop for Containerd {
 
 #[test]
 fn containerds_shim_for_runc_drives_the_runtime() {
-    if is_small() {
+    if emulated() {
         return;
     }
     let containerd = Containerd::start();

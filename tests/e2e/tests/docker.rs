@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 
-use crate::host::{dist, fail, image_tar, is_small, rootfs, succeed, text};
+use crate::host::{dist, emulated, fail, image_tar, rootfs, succeed, text};
 use crate::pty::Terminal;
 
 /// A dockerd, its data and its cgroup. The tests share one; it goes with the last of them.
@@ -18,7 +18,7 @@ static DAEMON: Mutex<Weak<Daemon>> = Mutex::new(Weak::new());
 
 /// The daemon; none on a machine that has no room for docker.
 fn daemon() -> Option<Arc<Daemon>> {
-    if is_small() {
+    if emulated() {
         return None;
     }
     let mut shared = DAEMON

@@ -69,11 +69,6 @@ pub fn image_tar(root: &Path, tar: &Path) {
     succeed(&packed.unwrap());
 }
 
-/// Whether this is a machine without room for other container engines, like the lab's.
-pub fn is_small() -> bool {
-    std::env::var_os("CLOISON_TEST_SMALL").is_some()
-}
-
 /// The directory of the built product.
 pub fn dist() -> PathBuf {
     variable("CLOISON_DIST")

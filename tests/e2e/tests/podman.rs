@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Output};
 
-use crate::host::{dist, image_tar, is_small, rootfs, succeed, text};
+use crate::host::{dist, emulated, image_tar, rootfs, succeed, text};
 
 struct Podman {
     dir: tempfile::TempDir,
@@ -78,7 +78,7 @@ impl Drop for Podman {
 
 #[test]
 fn podman_runs_execs_and_stops_containers() {
-    if is_small() {
+    if emulated() {
         return;
     }
     let podman = Podman::new();
