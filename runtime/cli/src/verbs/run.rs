@@ -124,6 +124,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         initramfs: parts::initramfs(global)?,
         cmdline: String::new(),
         qemu: parts::qemu(global),
+        template: None,
     };
     vm.validate()
         .context("cannot make a VM for this container")?;
