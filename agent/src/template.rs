@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 
-use cloison_agent_api::{TEMPLATE_READY, TEMPLATE_SLOTS};
+use cloison_agent_api::{TEMPLATE_NIC_SLOTS, TEMPLATE_READY, TEMPLATE_SLOTS};
 
 use crate::slots;
 
@@ -15,5 +15,8 @@ use crate::slots;
 pub fn wait() -> io::Result<()> {
     eprintln!("{TEMPLATE_READY}");
     io::stdin().read_exact(&mut [0])?;
-    TEMPLATE_SLOTS.into_iter().try_for_each(slots::take)
+    TEMPLATE_SLOTS.into_iter().try_for_each(slots::take)?;
+    // As many as there are.
+    let _ = TEMPLATE_NIC_SLOTS.into_iter().try_for_each(slots::take);
+    Ok(())
 }

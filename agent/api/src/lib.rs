@@ -22,7 +22,7 @@ pub const HOST_CID: u32 = 2;
 pub const AGENT_PORT: u32 = 1024;
 
 /// The first argument of an agent that is to become a template: when it is ready for calls it writes [`TEMPLATE_READY`] to its console and
-/// reads a line from it. Only then does it take up the devices in [`TEMPLATE_SLOTS`], mount the shared directory and dial
+/// reads a line from it. Only then does it take up the devices in [`TEMPLATE_SLOTS`] and [`TEMPLATE_NIC_SLOTS`], mount the shared directory and dial
 /// [`AGENT_PORT`].
 pub const TEMPLATE_ARGUMENT: &str = "template";
 
@@ -31,6 +31,9 @@ pub const TEMPLATE_READY: &str = "cloison-agent: ready to become a template";
 
 /// The slots, empty in a template, of the vsock device and the shared directory.
 pub const TEMPLATE_SLOTS: [u32; 2] = [0, 1];
+
+/// The slots, empty in a template, of network devices, which are put there in this order.
+pub const TEMPLATE_NIC_SLOTS: [u32; 3] = [2, 3, 4];
 
 /// The most bytes of `HelloRequest.entropy`.
 pub const MAX_ENTROPY: usize = 256;
