@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -36,8 +36,8 @@ const KILL: u32 = libc::SIGKILL as u32;
 pub struct Shared {
     pub connect: Box<dyn Connect>,
     pub reaper: Arc<Reaper>,
-    /// When the agent began, by [`crate::boot::uptime`].
-    pub began: Duration,
+    /// When the agent began, or went on after [`crate::template::wait`], by [`crate::boot::uptime`].
+    pub began: OnceLock<Duration>,
 }
 
 /// What a container is doing, as its owner sees it.

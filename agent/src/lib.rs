@@ -17,6 +17,7 @@ mod interfaces;
 mod netlink;
 mod process;
 mod pump;
+mod random;
 mod reaper;
 mod report;
 pub mod server;
@@ -26,6 +27,7 @@ mod spawn;
 mod spec;
 mod stdio;
 mod sys;
+pub mod template;
 mod workload;
 
 pub use container::Shared;

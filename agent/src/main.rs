@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use cloison_agent::connect::{self, Host, Listener};
-use cloison_agent::{Reaper, Service, Shared, boot, chain, helper, init, server};
-use cloison_agent_api::AGENT_PORT;
+use cloison_agent::{Reaper, Service, Shared, boot, chain, helper, init, server, template};
+use cloison_agent_api::{AGENT_PORT, TEMPLATE_ARGUMENT};
 use nix::sys::reboot::{RebootMode, reboot};
 
 fn main() -> ExitCode {
@@ -19,7 +20,8 @@ fn main() -> ExitCode {
         return init::main(arguments);
     }
     let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some(helper::ARGUMENT) {
+    let argument = arguments.next();
+    if argument.as_deref() == Some(helper::ARGUMENT) {
         return helper::main(arguments);
     }
     if std::process::id() != 1 {
@@ -27,45 +29,74 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     // The end of PID 1 is a kernel panic, which ends the VM and says so to the host.
-    match run() {
+    match run(argument.as_deref() == Some(TEMPLATE_ARGUMENT)) {
         Ok(()) => eprintln!("cloison-agent: nothing left to serve"),
         Err(error) => eprintln!("cloison-agent: {}", chain(&*error)),
     }
     ExitCode::FAILURE
 }
 
-fn run() -> Result<(), Box<dyn std::error::Error>> {
-    let began = boot::uptime();
+/// The moment from which the guest works for one sandbox and no other.
+struct Begun {
+    at: Duration,
+    dialed: io::Result<OwnedFd>,
+}
+
+impl Begun {
+    fn now() -> Self {
+        let (at, dialed) = (boot::uptime(), connect::dial(AGENT_PORT));
+        Self { at, dialed }
+    }
+}
+
+fn run(template: bool) -> Result<(), Box<dyn std::error::Error>> {
     // Begun first, so that the host answers while the guest is set up.
-    let dialed = connect::dial(AGENT_PORT);
+    let begun = (!template).then(Begun::now);
     boot::prepare()?;
-    if let Err(error) = boot::mount_shared() {
-        eprintln!("cloison-agent: no shared directory: {}", chain(&error));
+    if begun.is_some() {
+        mount_shared();
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(serve(dialed, began))
+    runtime.block_on(serve(begun))
 }
 
-async fn serve(
-    dialed: io::Result<OwnedFd>,
-    began: Duration,
-) -> Result<(), Box<dyn std::error::Error>> {
-    let shared = Shared {
+fn mount_shared() {
+    if let Err(error) = boot::mount_shared() {
+        eprintln!("cloison-agent: no shared directory: {}", chain(&error));
+    }
+}
+
+async fn serve(begun: Option<Begun>) -> Result<(), Box<dyn std::error::Error>> {
+    let service = Service::new(Shared {
         connect: Box::new(Host),
         reaper: Reaper::start()?,
-        began,
+        began: OnceLock::new(),
+    });
+    let (_server, connections) = server::start(service.clone(), end).await?;
+    let listener = Listener::bind(AGENT_PORT)?;
+    let begun = match begun {
+        Some(begun) => begun,
+        None => {
+            template::wait()?;
+            let begun = Begun::now();
+            mount_shared();
+            begun
+        }
     };
-    let (_server, connections) = server::start(Service::new(shared), end).await?;
+    service.begin(begun.at);
     let to_host = connections.clone();
     tokio::spawn(async move {
-        let connected = async { to_host.serve(connect::connected(dialed?).await?).await };
+        let connected = async {
+            to_host
+                .serve(connect::connected(begun.dialed?).await?)
+                .await
+        };
         if let Err(error) = connected.await {
             eprintln!("cloison-agent: the host does not answer on port {AGENT_PORT}: {error}");
         }
     });
-    let listener = Listener::bind(AGENT_PORT)?;
     loop {
         connections.serve(listener.accept().await?).await?;
     }

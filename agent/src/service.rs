@@ -8,7 +8,6 @@ use std::time::Duration;
 use std::{fs, io};
 
 use async_trait::async_trait;
-use cloison_agent_api::PROTOCOL;
 use cloison_agent_api::agent::Status as StatusMessage;
 use cloison_agent_api::agent::{
     ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
@@ -17,6 +16,7 @@ use cloison_agent_api::agent::{
     ResizeTtyRequest, SignalRequest, Stdio, TtySize, UpdateContainerRequest, WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
+use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use ttrpc::r#async::TtrpcContext;
@@ -26,6 +26,7 @@ use crate::container::{Container, Shared, Status};
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::interfaces::{self, Interfaces};
+use crate::random;
 use crate::slots;
 use crate::spec;
 use crate::stdio::Ports;
@@ -57,6 +58,11 @@ impl Service {
     /// True once the guest has been shut down.
     pub fn over(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.over)
+    }
+
+    /// From here on the guest is this sandbox's own. Only the first call counts.
+    pub fn begin(&self, uptime: Duration) {
+        let _ = self.shared.began.set(uptime);
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {
@@ -210,12 +216,21 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn hello(request: &HelloRequest, began: Duration) -> Result<HelloResponse> {
+fn hello(request: &HelloRequest, began: Option<Duration>) -> Result<HelloResponse> {
     if request.protocol != PROTOCOL {
         return Err(Error::Protocol {
             ours: PROTOCOL,
             theirs: request.protocol,
         });
+    }
+    if request.entropy.len() > MAX_ENTROPY {
+        return Err(Error::Invalid {
+            what: "entropy",
+            why: format!("{} bytes, more than {MAX_ENTROPY}", request.entropy.len()),
+        });
+    }
+    if !request.entropy.is_empty() {
+        random::reseed(&request.entropy).doing(|| "seeding the random number generator".into())?;
     }
     if request.realtime_ns != 0 {
         let time = TimeSpec::from_duration(Duration::from_nanos(request.realtime_ns));
@@ -229,7 +244,7 @@ fn hello(request: &HelloRequest, began: Duration) -> Result<HelloResponse> {
     response.version = env!("CARGO_PKG_VERSION").to_owned();
     response.kernel = kernel.trim_end().to_owned();
     response.memory_bytes = memory.ram_total();
-    response.began_ns = nanoseconds(began);
+    response.began_ns = nanoseconds(began.unwrap_or_default());
     response.now_ns = nanoseconds(boot::uptime());
     Ok(response)
 }
@@ -237,7 +252,7 @@ fn hello(request: &HelloRequest, began: Duration) -> Result<HelloResponse> {
 #[async_trait]
 impl Agent for Service {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
-        Ok(hello(&request, self.shared.began)?)
+        Ok(hello(&request, self.shared.began.get().copied())?)
     }
 
     async fn create_container(

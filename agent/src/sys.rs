@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use cloison_agent_api::MAX_ENTROPY;
 use libcontainer::oci_spec::runtime::PosixRlimit;
 use nix::cmsg_space;
 use nix::sys::signal::SigSet;
@@ -17,6 +18,10 @@ use tokio::io::unix::AsyncFd;
 /// Options of a vsock socket (linux/vm_sockets.h), which libc lacks.
 const SO_VM_SOCKETS_BUFFER_SIZE: libc::c_int = 0;
 const SO_VM_SOCKETS_BUFFER_MAX_SIZE: libc::c_int = 2;
+
+/// _IOW('R', 3, int[2]) and _IO('R', 7) of linux/random.h.
+const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 
 /// Lets tokio watch a descriptor. Must be called within a tokio runtime.
 pub fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
@@ -42,6 +47,32 @@ pub fn loopback_up() -> io::Result<()> {
     // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives and is filled in; the descriptor is open.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     check(result)
+}
+
+/// rand_pool_info (linux/random.h) with its bytes.
+#[repr(C)]
+struct Entropy {
+    bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; MAX_ENTROPY],
+}
+
+/// Adds entropy, at most [`MAX_ENTROPY`] bytes, to the kernel's pool and has it seed its random numbers from the pool at once, through a
+/// descriptor of /dev/urandom (random(4)).
+pub fn reseed_random(device: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {
+    let mut bytes = [0; MAX_ENTROPY];
+    let taken = bytes.get_mut(..entropy.len());
+    taken
+        .ok_or(io::ErrorKind::InvalidInput)?
+        .copy_from_slice(entropy);
+    let size = libc::c_int::try_from(entropy.len()).map_err(io::Error::other)?;
+    let bits = 8 * size;
+    let entropy = Entropy { bits, size, bytes };
+    // SAFETY: RNDADDENTROPY reads one rand_pool_info and as many bytes behind it as that says, all of which live; the descriptor is
+    // borrowed, so it is open.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const entropy) })?;
+    // SAFETY: RNDRESEEDCRNG reads nothing of ours.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) })
 }
 
 /// Sets a terminal's size in characters, on either of its sides.

@@ -21,6 +21,23 @@ pub const HOST_CID: u32 = 2;
 /// dials the same port on the host and serves that connection as well.
 pub const AGENT_PORT: u32 = 1024;
 
+/// The first argument of an agent that is to become a template: when it is ready for calls it writes [`TEMPLATE_READY`] to its console and
+/// reads a line from it. Only then does it take up the devices in [`TEMPLATE_SLOTS`] and [`TEMPLATE_NIC_SLOTS`], mount the shared directory and dial
+/// [`AGENT_PORT`].
+pub const TEMPLATE_ARGUMENT: &str = "template";
+
+/// A line of its own on the console of a guest with [`TEMPLATE_ARGUMENT`].
+pub const TEMPLATE_READY: &str = "cloison-agent: ready to become a template";
+
+/// The slots, empty in a template, of the vsock device and the shared directory.
+pub const TEMPLATE_SLOTS: [u32; 2] = [0, 1];
+
+/// The slots, empty in a template, of network devices, which are put there in this order.
+pub const TEMPLATE_NIC_SLOTS: [u32; 3] = [2, 3, 4];
+
+/// The most bytes of `HelloRequest.entropy`.
+pub const MAX_ENTROPY: usize = 256;
+
 /// Tag of the virtio-fs device through which the host shares files with the guest (virtio 1.3 §5.11.4, at most 36 bytes).
 pub const SHARED_TAG: &str = "cloison";
 

@@ -93,7 +93,7 @@ impl Guest {
         let shared = Shared {
             connect: Box::new(ports.clone()),
             reaper: Reaper::start().unwrap(),
-            began: boot::uptime(),
+            began: boot::uptime().into(),
         };
         // The VM must live on after the last connection, to say how the tests went.
         let (server, connections) = server::start(Service::new(shared), || {}).await.unwrap();

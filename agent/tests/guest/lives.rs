@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use cloison_agent_api::PROTOCOL;
 use cloison_agent_api::agent::{Empty, HelloRequest, Status};
+use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
@@ -24,6 +24,16 @@ pub async fn hello_agrees_on_the_protocol_and_sets_the_clock(guest: Guest) {
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap();
     assert_eq!(clock.as_secs() / 1000, 2_000_000);
+
+    let random = || std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+    let before = random();
+    for (length, taken) in [(1, true), (MAX_ENTROPY, true), (MAX_ENTROPY + 1, false)] {
+        request.entropy = vec![7; length];
+        let response = guest.client.hello(context(), &request).await;
+        assert_eq!(response.is_ok(), taken, "{length} bytes");
+    }
+    assert_ne!(random(), before);
+    request.entropy.clear();
 
     request.protocol = 99;
     let refused = guest

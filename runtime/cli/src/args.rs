@@ -80,7 +80,7 @@ pub enum Verb {
     Logs(Logs),
     /// Show all that is known of containers, as JSON
     Inspect(Containers),
-    /// Remove every container that does not run, and whatever a crash left behind
+    /// Remove every container that does not run, templates, and whatever a crash left behind
     Prune(Prune),
     /// Manage networks
     #[command(subcommand)]
@@ -253,6 +253,9 @@ pub struct Run {
     /// What runs the VM: kvm, software, or whichever works
     #[arg(long, value_enum, env = "CLOISON_ENGINE", default_value_t = EngineArg::Auto)]
     pub engine: EngineArg,
+    /// Whether the software engine starts the VM from a template, and makes one where there is none
+    #[arg(long, value_enum, env = "CLOISON_TEMPLATE", default_value_t = TemplateArg::Auto)]
+    pub template: TemplateArg,
     /// Say on standard error where the run's time went, or write it to FILE as a Chrome trace
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, conflicts_with = "detach")]
     pub profile: Option<Option<PathBuf>>,
@@ -282,6 +285,15 @@ impl From<EngineArg> for EngineChoice {
             EngineArg::Software => Self::Software,
         }
     }
+}
+
+/// `--template`'s values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TemplateArg {
+    /// Wherever the engine can
+    Auto,
+    /// Every VM boots
+    Off,
 }
 
 #[derive(Debug, Args)]

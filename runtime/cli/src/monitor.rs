@@ -216,8 +216,10 @@ impl Monitor {
             }
         };
         drop(start);
+        let timeline = self.container.sandbox().timeline()?;
+        self.record.vm_origin = Some(timeline.origin);
         if let Some(profile) = &mut self.profile {
-            profile.guest_is_up(&self.container.sandbox().timeline()?, &info, up);
+            profile.guest_is_up(&timeline, &info, up);
             profile.guest("creating the container", created);
             profile.guest("starting it", monotonic());
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use cloison_sandbox::GuestInfo;
-use cloison_vmm::{Timeline, monotonic};
+use cloison_vmm::{Origin, Timeline, monotonic};
 use serde_json::{Value, json};
 
 /// Characters of the longest bar.
@@ -91,8 +91,15 @@ impl Profile {
         let ago = guest.uptime.saturating_sub(guest.agent_began);
         let agent_began = answered.saturating_sub(u64::try_from(ago.as_nanos()).unwrap_or(0));
         self.add(Who::FrontEnd, "starting the VM process", vm.process);
+        if let Some(template) = vm.template {
+            self.add(Who::VmProcess, "making the template", template);
+        }
         self.add(Who::VmProcess, "making the VM", vm.guest);
-        self.add(Who::Guest, "booting the kernel", agent_began);
+        let beginning = match vm.origin {
+            Origin::Boot => "booting the kernel",
+            Origin::Template => "coming out of the template",
+        };
+        self.add(Who::Guest, beginning, agent_began);
         self.add(Who::Guest, "setting up the agent", answered);
     }
 
@@ -253,6 +260,8 @@ mod tests {
             process: 1,
             guest: u64::MAX,
             output: None,
+            origin: Origin::Boot,
+            template: None,
         };
         let guest = GuestInfo {
             kernel: String::new(),

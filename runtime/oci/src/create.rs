@@ -22,6 +22,11 @@ pub fn create(home: &Home, log: &Log, systemd: bool, args: &Create) -> Result<()
     make(home, log, systemd, args, true).map(drop)
 }
 
+/// Whether guests may start from templates: CLOISON_TEMPLATE, as for `cloison run`.
+fn wants_template() -> bool {
+    std::env::var_os("CLOISON_TEMPLATE").is_none_or(|choice| choice != "off")
+}
+
 /// A container that has been made, and its monitor.
 pub struct Made {
     pub container: Container,
@@ -79,6 +84,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         initramfs: parts.initramfs()?,
         cmdline: String::new(),
         qemu: parts.qemu(),
+        template: (engine == Engine::Software && wants_template()).then(|| home.template()),
     };
     vm.validate()
         .context("cannot make a VM for this container")?;

@@ -85,8 +85,10 @@ pub fn main() -> ExitCode {
 fn serve(cli: Cli, log: &Log) -> Result<u8> {
     let root = std::path::absolute(&cli.root)
         .with_context(|| format!("cannot use the directory {}", cli.root.display()))?;
-    // Nothing of a container outlives the machine's uptime, so both roots are one.
-    let home = Home::new(&root, &root);
+    // Of a container nothing is there. Templates of guests are, for all roots.
+    let data = std::env::var_os("CLOISON_DATA_DIR");
+    let data = data.unwrap_or_else(|| Home::DEFAULT_DATA.into());
+    let home = Home::new(&root, data);
     let Some(verb) = cli.verb else {
         anyhow::bail!("no command was given: see {NAME} --help");
     };

@@ -1,6 +1,8 @@
 //! The host's side of the agent's protocol: calls with the host's types and errors for people. Answers come from a hostile
 //! guest: they are bounded by ttrpc's own message limit, and nothing in them is used as a path or a command.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,6 +21,9 @@ use crate::Lifeline;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long any call but a wait may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Random bytes a guest is given, twice what its generator is seeded with.
+const ENTROPY: usize = 64;
 
 /// Longest text taken from an agent's answer into a message, characters.
 const MAX_MESSAGE: usize = 4096;
@@ -161,7 +166,8 @@ impl Agent {
         })
     }
 
-    /// Waits for the guest to come up, checks that both sides speak the same protocol and sets the guest's clock.
+    /// Waits for the guest to come up, checks that both sides speak the same protocol, sets the guest's clock and has its random
+    /// numbers begin anew: a guest that was made from a template has both from there.
     ///
     /// # Errors
     /// [`AgentError`], a mismatch of versions included.
@@ -172,6 +178,7 @@ impl Agent {
         let request = api::HelloRequest {
             protocol: PROTOCOL,
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy: entropy()?,
             ..Default::default()
         };
         let answer = self
@@ -483,6 +490,17 @@ impl Agent {
             .map(drop)
             .map_err(|e| AgentError::new("shut the guest down", e))
     }
+}
+
+fn entropy() -> Result<Vec<u8>, AgentError> {
+    let mut bytes = vec![0; ENTROPY];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(|error| AgentError {
+        what: "seed the random numbers",
+        failure: Failure::Other,
+        message: format!("cannot read /dev/urandom: {error}"),
+    })?;
+    Ok(bytes)
 }
 
 fn of(container: &str) -> api::ContainerRequest {

@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use cloison_agent_api::{TEMPLATE_ARGUMENT, TEMPLATE_READY};
+use cloison_vmm::Template;
+
 use crate::Id;
 
 /// The two roots.
@@ -54,6 +57,20 @@ impl Home {
     /// A container's directory under the data directory: its writable layer and its log.
     pub fn container(&self, id: &Id) -> PathBuf {
         self.containers().join(id.as_str())
+    }
+
+    /// Holds the templates of guests.
+    pub fn templates(&self) -> PathBuf {
+        self.data.join("templates")
+    }
+
+    /// Has a VM start from a template of an agent that is ready, and makes one where there is none.
+    pub fn template(&self) -> Template {
+        Template {
+            dir: self.templates(),
+            word: TEMPLATE_ARGUMENT.into(),
+            ready: TEMPLATE_READY.into(),
+        }
     }
 
     /// Holds one link per container name, pointing at the ID.

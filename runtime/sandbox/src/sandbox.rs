@@ -150,6 +150,10 @@ impl Sandbox {
         let (watched, owner) = pipe2(OFlag::O_CLOEXEC)
             .map_err(io::Error::from)
             .map_err(Error::system("create a pipe"))?;
+        let debugging = tracing::enabled!(tracing::Level::DEBUG).then(|| {
+            let stderr = io::stderr().as_fd().try_clone_to_owned();
+            stderr.map_err(Error::system("duplicate standard error"))
+        });
         let process = launch(Launch {
             spec,
             dir: &self.dir,
@@ -157,7 +161,7 @@ impl Sandbox {
             attachments,
             nics,
             owner: Some(watched),
-            log: None,
+            log: debugging.transpose()?,
         })
         .map_err(Error::Launch)?;
         let pid_file = self.pid_file();

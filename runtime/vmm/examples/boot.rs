@@ -41,6 +41,7 @@ fn main() -> anyhow::Result<ExitCode> {
         initramfs: initramfs.into(),
         cmdline: rest.get(2..).unwrap_or_default().join(" "),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
+        template: None,
     };
     let dir = tempfile::tempdir()?;
     let log = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned()?;

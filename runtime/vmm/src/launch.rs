@@ -203,6 +203,14 @@ fn absolute(mut spec: VmSpec) -> Result<VmSpec, LaunchError> {
         AccessFlags::R_OK,
         "it must be a readable file",
     )?;
+    if let Some(template) = &mut spec.template {
+        template.dir = std::path::absolute(&template.dir).map_err(|source| LaunchError::File {
+            role: "directory of templates",
+            path: template.dir.clone(),
+            advice: "it must be a path",
+            source,
+        })?;
+    }
     Ok(spec)
 }
 

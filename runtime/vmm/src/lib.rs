@@ -35,5 +35,5 @@ pub use launch::{
 };
 pub use nic::{Nic, Plugged};
 pub use process::vm_main;
-pub use spec::{Engine, SpecError, VmSpec};
-pub use timeline::{Timeline, monotonic};
+pub use spec::{Engine, SpecError, Template, VmSpec};
+pub use timeline::{Origin, Timeline, monotonic};

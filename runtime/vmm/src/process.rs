@@ -25,7 +25,7 @@ use crate::kvm::{KvmError, KvmMachine};
 use crate::lock_in::lock_in;
 use crate::machine::{Machine, Watch};
 use crate::nic::Plugged;
-use crate::software::{Qemu, SoftwareError};
+use crate::software::{self, SoftwareError, Started};
 use crate::spec::{Engine, VmSpec};
 use crate::stop::{Stop, Verdict, chain, panic_text};
 use crate::timeline::{Timeline, monotonic};
@@ -117,13 +117,12 @@ pub fn vm_main() -> ExitCode {
             Engine::Kvm => 0,
         };
         let (devices, vsock) = make_devices(&shared, vsock, attachments, nics, spares)?;
-        let (machine, guest) = start(&spec, devices, &log, &stop)?;
+        let (machine, timeline) = start(&spec, devices, &log, &stop)?;
         let vm = Vm {
             spec,
             timeline: Timeline {
                 process,
-                guest,
-                output: None,
+                ..timeline
             },
             machine,
             vsock,
@@ -172,23 +171,36 @@ fn start(
     devices: Devices,
     log: &KernelLog,
     stop: &Stop,
-) -> Result<(Box<dyn Machine>, u64), ProcessError> {
+) -> Result<(Box<dyn Machine>, Timeline), ProcessError> {
     let lock_in = || lock_in().map_err(system("give up what a VM process does not need"));
     match spec.engine {
         Engine::Software => {
-            let nics = devices.nics.iter().map(Net::mac).collect();
-            let (mut qemu, sockets) = Qemu::spawn(spec, nics, log.clone(), stop.clone())?;
+            let nics: Vec<_> = devices.nics.iter().map(Net::mac).collect();
+            let Started {
+                mut qemu,
+                sockets,
+                origin,
+                made,
+            } = software::start(spec, &nics, log, stop)?;
             lock_in()?;
-            let guest = monotonic();
+            let timeline = Timeline {
+                guest: monotonic(),
+                origin,
+                template: made,
+                ..Timeline::default()
+            };
             qemu.serve(devices, sockets)?;
-            Ok((Box::new(qemu), guest))
+            Ok((Box::new(qemu), timeline))
         }
         Engine::Kvm => {
             let mut kvm = KvmMachine::new(spec, devices, log.clone(), stop.clone())?;
             lock_in()?;
-            let guest = monotonic();
+            let timeline = Timeline {
+                guest: monotonic(),
+                ..Timeline::default()
+            };
             kvm.start()?;
-            Ok((Box::new(kvm), guest))
+            Ok((Box::new(kvm), timeline))
         }
     }
 }

@@ -12,6 +12,21 @@ pub struct Timeline {
     pub guest: u64,
     /// The first byte left the guest for a stream that only carries output, or for a terminal.
     pub output: Option<u64>,
+    /// How the guest came to where its agent takes calls.
+    pub origin: Origin,
+    /// A template had been made for it.
+    pub template: Option<u64>,
+}
+
+/// What a guest began as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// It booted.
+    #[default]
+    Boot,
+    /// It was made from a template.
+    Template,
 }
 
 /// The present moment; 0 on a system without the clock, which Linux is not.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::host::{dist, emulated, rootfs, succeed, text};
+use crate::host::{data, dist, emulated, rootfs, succeed, text};
 
 struct Containerd {
     dir: tempfile::TempDir,
@@ -21,6 +21,7 @@ impl Containerd {
         );
         fs::write(dir.path().join("config.toml"), config).unwrap();
         let mut process = Command::new("containerd")
+            .env("CLOISON_DATA_DIR", data())
             .args(["--config", &at("config.toml"), "--root", &at("root")])
             .args(["--state", &at("state"), "--address", &at("sock")])
             .stdin(Stdio::null())

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 
-use crate::host::{dist, emulated, fail, image_tar, rootfs, succeed, text};
+use crate::host::{data, dist, emulated, fail, image_tar, rootfs, succeed, text};
 use crate::pty::Terminal;
 
 /// A dockerd, its data and its cgroup. The tests share one; it goes with the last of them.
@@ -45,6 +45,7 @@ impl Daemon {
             "ip link set lo up && mount -o remount,rw /proc/sys 2>/dev/null; exec dockerd \"$@\"";
         let log = fs::File::create(dir.path().join("log")).unwrap();
         let process = Command::new("unshare")
+            .env("CLOISON_DATA_DIR", data())
             .args(["--net", "--mount", "sh", "-c", script, "dockerd"])
             .args([
                 "--config-file",

@@ -69,6 +69,11 @@ pub fn image_tar(root: &Path, tar: &Path) {
     succeed(&packed.unwrap());
 }
 
+/// The data directory that the tests share: images are unpacked, and templates of guests made, once.
+pub fn data() -> PathBuf {
+    variable("CLOISON_TEST_DATA")
+}
+
 /// The directory of the built product.
 pub fn dist() -> PathBuf {
     variable("CLOISON_DIST")
@@ -84,8 +89,7 @@ impl Host {
     /// Run directory of its own; unpacked images are shared with the other tests.
     pub fn new() -> Self {
         let dir = TempDir::with_prefix("cloison-e2e-").unwrap();
-        let data = variable("CLOISON_TEST_DATA");
-        Self { dir, data }
+        Self { dir, data: data() }
     }
 
     /// Nothing shared.

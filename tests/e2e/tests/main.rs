@@ -33,4 +33,5 @@ mod profile;
 mod signals;
 mod stdio;
 mod stress;
+mod templates;
 mod terminal;

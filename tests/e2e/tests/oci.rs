@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::host::{Host, dist, fail, rootfs, succeed, text};
+use crate::host::{Host, data, dist, fail, rootfs, succeed, text};
 
 /// A bundle, the state directory that its container is in, and the runtime's log.
 struct Bundle {
@@ -132,6 +132,7 @@ fn name_of(host: &Host) -> String {
 
 fn command(host: &Host) -> Command {
     let mut command = Command::new(dist().join("cloison-runtime"));
+    command.env("CLOISON_DATA_DIR", data());
     command
         .arg("--root")
         .arg(host.run_dir())

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Output};
 
-use crate::host::{dist, emulated, image_tar, rootfs, succeed, text};
+use crate::host::{data, dist, emulated, image_tar, rootfs, succeed, text};
 
 struct Podman {
     dir: tempfile::TempDir,
@@ -34,6 +34,7 @@ impl Podman {
     fn podman(&self, args: &[&str]) -> Output {
         let at = |name: &str| self.dir.path().join(name);
         Command::new("podman")
+            .env("CLOISON_DATA_DIR", data())
             .arg("--root")
             .arg(at("root"))
             .arg("--runroot")

@@ -24,7 +24,7 @@ const STAGES: [&str; 11] = [
 #[test]
 fn a_profile_says_where_the_time_went_and_leaves_the_output_alone() {
     let host = Host::new();
-    let output = host.run(&["--profile"], &["echo", "hello"]);
+    let output = host.run(&["--profile", "--template", "off"], &["echo", "hello"]);
     let said = text(&output.stderr);
     assert_eq!(succeed(&output), "hello\n");
     let mut rest = said.as_str();

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use cloison_sandbox::{Id, Name};
-use cloison_vmm::Engine;
+use cloison_vmm::{Engine, Origin};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -49,6 +49,9 @@ pub struct Record {
     pub vm_memory_mib: u32,
     /// The VM's vCPUs.
     pub vcpus: u8,
+    /// What its guest began as, once that is known.
+    #[serde(default)]
+    pub vm_origin: Option<Origin>,
     /// Bind mounts.
     pub volumes: Vec<Volume>,
     /// Its network.
@@ -110,6 +113,7 @@ impl Record {
             engine_reason: String::new(),
             vm_memory_mib: 0,
             vcpus: 1,
+            vm_origin: None,
             volumes: Vec::new(),
             network: NetworkRecord::none(),
             auto_remove: false,

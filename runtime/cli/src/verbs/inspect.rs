@@ -80,7 +80,7 @@ fn object(container: &Container) -> Result<Value> {
         "Image": record.image_id,
         "ImageReference": record.image,
         "Engine": { "Name": record.engine, "Reason": record.engine_reason },
-        "VM": { "MemoryMiB": record.vm_memory_mib, "VCPUs": record.vcpus },
+        "VM": { "MemoryMiB": record.vm_memory_mib, "VCPUs": record.vcpus, "Origin": record.vm_origin },
         "NetworkSettings": record.network.settings(),
         "Mounts": mounts,
         "LogPath": container.log_file(),

@@ -47,6 +47,7 @@ pub fn prune(home: &Home, args: &Prune) -> Result<()> {
     }
     failed.extend(prune_orphans(home).err());
     failed.extend(network::prune(home).err());
+    failed.extend(prune_templates(home).err());
     failed.extend(Store::open(home.data()).err().map(anyhow::Error::from));
     let Some(last) = failed.pop() else {
         return Ok(());
@@ -65,6 +66,17 @@ fn confirmed() -> Result<bool> {
         .read_line(&mut answer)
         .context("cannot read the answer")?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// Removes all templates: the next VM of each kind makes another.
+fn prune_templates(home: &Home) -> Result<()> {
+    let dir = home.templates();
+    match fs::remove_dir_all(&dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Removes writable layers whose containers are gone: the run directory is empty after a reboot of the host, the data directory

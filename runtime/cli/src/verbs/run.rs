@@ -15,7 +15,7 @@ use cloison_vmm::probe::Probed;
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::Spec;
 
-use crate::args::{Global, Run};
+use crate::args::{Global, Run, TemplateArg};
 use crate::attached::foreground_streams;
 use crate::container::{Container, Record};
 use crate::exit::Failed;
@@ -123,6 +123,8 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         initramfs: parts.initramfs()?,
         cmdline: String::new(),
         qemu: parts.qemu(),
+        template: (engine == Engine::Software && args.template == TemplateArg::Auto)
+            .then(|| home.template()),
     };
     vm.validate()
         .context("cannot make a VM for this container")?;

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 
 use cloison_devices::MacAddress;
+use serde_json::{Value, json};
 
 use crate::devices::SHARED_TAG;
 use crate::spec::VmSpec;
@@ -24,8 +25,15 @@ const BOUNCE_BUFFERS: &str = "swiotlb=4096,force";
 
 /// (What other devices write of their own accord is never run: only by way of the processor does it get to where code is.) All of a
 /// network device that QEMU would do itself is left out.
-const NET_OPTIONS: &str = "ctrl_vq=off,ctrl_rx=off,ctrl_vlan=off,ctrl_rx_extra=off,ctrl_mac_addr=off,\
-    ctrl_guest_offloads=off,guest_announce=off";
+const NET_OPTIONS: [&str; 7] = [
+    "ctrl_vq",
+    "ctrl_rx",
+    "ctrl_vlan",
+    "ctrl_rx_extra",
+    "ctrl_mac_addr",
+    "ctrl_guest_offloads",
+    "guest_announce",
+];
 
 /// One processor does without its local timer, whose calibration takes the kernel a fifth of a second; more would have to send
 /// each other every tick.
@@ -43,15 +51,91 @@ const CPU: &str = "max,-erms,-fsrm";
 /// QEMU may not start programs, change its identity or its place in the scheduler.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
+/// Where our devices are on the memory-mapped bus.
+const VSOCK_BUS: &str = "virtio-mmio-bus.7";
+const FS_BUS: &str = "virtio-mmio-bus.6";
+
+/// Network devices of a guest from a template; there is no more room beside [`PLUG`].
+const NIC_BUSES: [&str; 3] = [
+    "virtio-mmio-bus.3",
+    "virtio-mmio-bus.2",
+    "virtio-mmio-bus.1",
+];
+
+/// The most network devices of a guest from a template.
+pub(super) const MAX_TEMPLATE_NICS: usize = NIC_BUSES.len();
+
+/// QEMU tells the kernel of the places where it has devices. A guest that gets ours later is told of all places by us instead: theirs
+/// first, in the order above, so that they are its slots from 0 on, then those of the entropy source and the console
+/// (hw/i386/microvm.c in QEMU's source; `virtio_mmio.device` in the kernel's documentation).
+const PLACES: &str = "virtio_mmio.device=512@0xfeb00e00:12 virtio_mmio.device=512@0xfeb00c00:11 \
+                      virtio_mmio.device=512@0xfeb00600:8 virtio_mmio.device=512@0xfeb00400:7 \
+                      virtio_mmio.device=512@0xfeb00200:6 virtio_mmio.device=512@0xfeb00a00:10 virtio_mmio.device=512@0xfeb00800:9";
+const UNTOLD: &str = ",auto-kernel-cmdline=off";
+
+/// A device that the guest is not told of, for the bus behind it: see [`super::qmp`].
+const PLUG: &str = "virtio-scsi-device,id=plug,bus=virtio-mmio-bus.0";
+
+/// A device that QEMU is told to add to a guest that has been loaded.
+#[derive(Debug)]
+pub(super) struct Late {
+    pub(super) bus: &'static str,
+    /// What is behind a network device.
+    pub(super) netdev: Option<Value>,
+    pub(super) device: Value,
+}
+
+/// All of them; network devices by their addresses.
+pub(super) fn late_devices(nics: &[MacAddress]) -> Vec<Late> {
+    let vsock =
+        json!({ "driver": "vhost-user-vsock-device", "chardev": "vsock", "bus": VSOCK_BUS });
+    let fs = json!({ "driver": "vhost-user-fs-device", "chardev": "fs", "bus": FS_BUS,
+                     "tag": SHARED_TAG, "iommu_platform": true });
+    let ours = [(VSOCK_BUS, vsock), (FS_BUS, fs)].map(|(bus, device)| Late {
+        bus,
+        netdev: None,
+        device,
+    });
+    let nics = NIC_BUSES.into_iter().zip(nics).enumerate();
+    let nics = nics.map(|(number, (bus, mac))| {
+        let (chardev, netdev) = (nic_id(number), netdev_id(number));
+        let mut device = json!({ "driver": "virtio-net-device", "netdev": netdev, "bus": bus,
+                                 "mac": mac_text(*mac) });
+        for option in NET_OPTIONS {
+            device[option] = false.into();
+        }
+        let netdev = json!({ "type": "vhost-user", "id": netdev, "chardev": chardev });
+        Late {
+            bus,
+            netdev: Some(netdev),
+            device,
+        }
+    });
+    ours.into_iter().chain(nics).collect()
+}
+
+/// How a guest comes to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// It boots.
+    Boot,
+    /// It boots without our devices, to be saved.
+    Save,
+    /// It comes from a template.
+    Load,
+}
+
 /// The descriptors that QEMU inherits, by number.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Inherited {
-    /// Connected vhost-user socket of the fs device.
-    pub(super) fs: RawFd,
-    /// Connected vhost-user socket of the vsock device.
-    pub(super) vsock: RawFd,
+    /// The guest's memory.
+    pub(super) memory: RawFd,
     /// Pipe that gets the guest's console.
     pub(super) console: RawFd,
+    /// Unless the guest is to be saved.
+    pub(super) devices: Option<DeviceSockets>,
+    /// Unless the guest just boots.
+    pub(super) control: Option<Control>,
     /// Network devices.
     pub(super) nics: Vec<InheritedNic>,
 }
@@ -65,95 +149,165 @@ pub(super) struct InheritedNic {
     pub(super) mac: MacAddress,
 }
 
-/// The arguments after the program's name.
-pub(super) fn arguments(spec: &VmSpec, inherited: &Inherited) -> Vec<OsString> {
-    let Inherited {
-        fs,
-        vsock,
-        console,
-        nics,
-    } = inherited;
-    let memory = spec.memory_mib;
-    let alone = if spec.vcpus == 1 { ONE_PROCESSOR } else { "" };
-    let pairs = [
-        ("-name", format!("cloison-{}", spec.id)),
-        ("-sandbox", SANDBOX.into()),
-        ("-display", "none".into()),
-        ("-machine", MACHINE.into()),
-        (
-            "-accel",
-            if spec.vcpus > 1 {
-                "tcg,thread=multi"
-            } else {
-                "tcg"
-            }
-            .into(),
-        ),
-        ("-cpu", CPU.into()),
-        ("-smp", spec.vcpus.to_string()),
-        ("-m", format!("{memory}M")),
-        // Our devices map the guest's memory, so it must be a file that can be passed on.
-        (
-            "-object",
-            format!("memory-backend-memfd,id=ram,share=on,size={memory}M"),
-        ),
-        (
-            "-append",
-            format!("{CMDLINE} {BOUNCE_BUFFERS}{alone} {}", spec.cmdline),
-        ),
-        ("-global", "virtio-mmio.force-legacy=false".into()),
-        ("-chardev", format!("socket,id=fs,fd={fs}")),
-        (
-            "-device",
-            format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG},iommu_platform=on"),
-        ),
-        ("-chardev", format!("socket,id=vsock,fd={vsock}")),
-        ("-device", "vhost-user-vsock-device,chardev=vsock".into()),
-        ("-device", "virtio-rng-device".into()),
-        // A pipe and not a socket, whose buffer would be full after a few lines: the guest writes sixteen bytes at a time.
-        ("-add-fd", format!("fd={console},set=1")),
-        (
-            "-chardev",
-            "file,id=console,path=/dev/fdset/1,append=on".into(),
-        ),
-        ("-device", "virtio-serial-device".into()),
-        ("-device", "virtconsole,chardev=console".into()),
-    ];
-    // Whatever is not asked for is not there, and a guest that resets itself has ended.
-    let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from);
-    let files = [("-kernel", &spec.kernel), ("-initrd", &spec.initramfs)];
-    let nics = (0..)
-        .zip(nics)
-        .flat_map(|(number, nic)| nic_options(number, nic));
-    let pairs = pairs
-        .into_iter()
-        .chain(nics)
-        .map(|(option, value)| (option, OsString::from(value)));
-    let files = files
-        .into_iter()
-        .map(|(option, path)| (option, OsString::from(path)));
-    let pairs = pairs
-        .chain(files)
-        .flat_map(|(option, value)| [OsString::from(option), value]);
-    flags.into_iter().chain(pairs).collect()
+/// Connected vhost-user sockets.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DeviceSockets {
+    pub(super) fs: RawFd,
+    pub(super) vsock: RawFd,
 }
 
-fn nic_options(number: usize, nic: &InheritedNic) -> [(&'static str, String); 3] {
-    let InheritedNic { socket, mac } = nic;
-    let [a, b, c, d, e, f] = mac;
-    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-    let id = format!("net{number}");
-    [
-        (
+/// What a guest is saved and loaded with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Control {
+    /// QEMU's side of its monitor.
+    pub(super) monitor: RawFd,
+    /// Pipe to the guest's console.
+    pub(super) input: RawFd,
+    /// File of the devices' state; it is named over the monitor.
+    pub(super) state: RawFd,
+}
+
+/// The arguments after the program's name.
+pub(super) fn arguments(spec: &VmSpec, inherited: &Inherited, start: Start) -> Vec<OsString> {
+    let Inherited {
+        memory,
+        console,
+        devices,
+        control,
+        nics,
+    } = inherited;
+    let mib = spec.memory_mib;
+    let accelerator = if spec.vcpus > 1 {
+        "tcg,thread=multi"
+    } else {
+        "tcg"
+    };
+    let machine = match start {
+        Start::Boot => MACHINE.to_owned(),
+        Start::Save | Start::Load => format!("{MACHINE}{UNTOLD}"),
+    };
+    let mut line = Line::default();
+    // Whatever is not asked for is not there, and a guest that resets itself has ended.
+    line.flag("-nodefaults")
+        .flag("-no-user-config")
+        .flag("-no-reboot")
+        .option("-name", format!("cloison-{}", spec.id))
+        .option("-sandbox", SANDBOX)
+        .option("-display", "none")
+        .option("-machine", machine)
+        .option("-accel", accelerator)
+        .option("-cpu", CPU)
+        .option("-smp", spec.vcpus.to_string())
+        .option("-m", format!("{mib}M"))
+        // Our devices map the guest's memory, so it must be shared; and QEMU leaves it out of the state it saves only if it is a file with a
+        // name.
+        .option(
+            "-object",
+            format!(
+                "memory-backend-file,id=ram,share=on,size={mib}M,mem-path=/proc/self/fd/{memory}"
+            ),
+        )
+        .option("-global", "virtio-mmio.force-legacy=false")
+        .option("-device", "virtio-rng-device,bus=virtio-mmio-bus.5")
+        .option("-device", "virtio-serial-device,bus=virtio-mmio-bus.4")
+        // A pipe and not a socket, whose buffer would be full after a few lines: the guest writes sixteen bytes at a time.
+        .option("-add-fd", format!("fd={console},set=1"));
+    let mut chardev = "file,id=console,path=/dev/fdset/1,append=on".to_owned();
+    if let Some(Control { monitor, input, .. }) = control {
+        line.option("-add-fd", format!("fd={input},set=2"))
+            .option("-chardev", format!("socket,id=monitor,fd={monitor}"))
+            .option("-mon", "chardev=monitor,mode=control");
+        chardev.push_str(",input-path=/dev/fdset/2");
+    }
+    line.option("-chardev", chardev)
+        .option("-device", "virtconsole,chardev=console");
+    if let Some(DeviceSockets { fs, vsock }) = devices {
+        line.option("-chardev", format!("socket,id=fs,fd={fs}"))
+            .option("-chardev", format!("socket,id=vsock,fd={vsock}"));
+    }
+    for (number, InheritedNic { socket, .. }) in nics.iter().enumerate() {
+        let id = nic_id(number);
+        line.option(
             "-chardev",
             format!("socket,id={id},path=/proc/self/fd/{socket}"),
-        ),
-        ("-netdev", format!("vhost-user,id={id}n,chardev={id}")),
-        (
-            "-device",
-            format!("virtio-net-device,netdev={id}n,mac={mac},{NET_OPTIONS}"),
-        ),
-    ]
+        );
+    }
+    match start {
+        Start::Boot => line
+            .option(
+                "-device",
+                format!("vhost-user-fs-device,chardev=fs,tag={SHARED_TAG},iommu_platform=on,bus={FS_BUS}"),
+            )
+            .option(
+                "-device",
+                format!("vhost-user-vsock-device,chardev=vsock,bus={VSOCK_BUS}"),
+            ),
+        Start::Save => line.option("-device", PLUG),
+        Start::Load => line
+            .option("-device", PLUG)
+            .option("-incoming", "defer")
+            // It is let go when its devices are there.
+            .flag("-S"),
+    };
+    if start == Start::Boot {
+        for (number, InheritedNic { mac, .. }) in nics.iter().enumerate() {
+            let (chardev, netdev) = (nic_id(number), netdev_id(number));
+            let options = NET_OPTIONS.map(|option| format!(",{option}=off")).concat();
+            let mac = mac_text(*mac);
+            line.option(
+                "-netdev",
+                format!("vhost-user,id={netdev},chardev={chardev}"),
+            )
+            .option(
+                "-device",
+                format!("virtio-net-device,netdev={netdev},mac={mac}{options}"),
+            );
+        }
+    }
+    if start != Start::Load {
+        line.option("-kernel", &spec.kernel)
+            .option("-initrd", &spec.initramfs)
+            .option("-append", kernel_command_line(spec, start));
+    }
+    line.0
+}
+
+fn nic_id(number: usize) -> String {
+    format!("net{number}")
+}
+
+fn netdev_id(number: usize) -> String {
+    format!("net{number}n")
+}
+
+fn mac_text([a, b, c, d, e, f]: MacAddress) -> String {
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+}
+
+fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
+    let alone = if spec.vcpus == 1 { ONE_PROCESSOR } else { "" };
+    let mut words = format!("{CMDLINE} {BOUNCE_BUFFERS}{alone} {}", spec.cmdline);
+    if let (Start::Save, Some(template)) = (start, &spec.template) {
+        words = format!("{words} {PLACES} {}", template.word);
+    }
+    words
+}
+
+/// A command line in the making.
+#[derive(Default)]
+struct Line(Vec<OsString>);
+
+impl Line {
+    fn flag(&mut self, flag: &str) -> &mut Self {
+        self.0.push(flag.into());
+        self
+    }
+
+    fn option(&mut self, option: &str, value: impl Into<OsString>) -> &mut Self {
+        self.flag(option);
+        self.0.push(value.into());
+        self
+    }
 }
 
 #[cfg(test)]
@@ -175,19 +329,18 @@ mod tests {
             initramfs: "-initramfs".into(),
             cmdline: "agent.debug quiet".into(),
             qemu: "qemu".into(),
+            template: None,
         };
-        let line = arguments(
-            &spec,
-            &Inherited {
-                fs: 10,
-                vsock: 11,
-                console: 12,
-                nics: vec![InheritedNic {
-                    socket: 13,
-                    mac: [2, 0xc1, 0, 0, 0, 0xa],
-                }],
-            },
-        );
+        let (fs, vsock) = (10, 11);
+        let inherited = Inherited {
+            devices: Some(DeviceSockets { fs, vsock }),
+            nics: vec![InheritedNic {
+                socket: 13,
+                mac: [2, 0xc1, 0, 0, 0, 0xa],
+            }],
+            ..Inherited::default()
+        };
+        let line = arguments(&spec, &inherited, Start::Boot);
         let after = |option: &str| {
             let at = line.iter().position(|word| word == option).unwrap();
             line[at + 1].to_str().unwrap()
@@ -206,9 +359,45 @@ mod tests {
         // One without the other would let TCG run what is no longer there.
         let dma = |word: &std::ffi::OsString| {
             let word = word.to_str().unwrap();
-            word.starts_with("vhost-user-fs-device,") && word.ends_with(",iommu_platform=on")
+            word.starts_with("vhost-user-fs-device,") && word.contains(",iommu_platform=on,")
         };
         assert!(line.iter().any(dma));
         assert!(after("-append").contains(BOUNCE_BUFFERS));
+    }
+    #[test]
+    fn a_guest_that_is_saved_is_told_of_the_places_of_its_devices_and_the_word() {
+        let spec = VmSpec {
+            template: Some(crate::spec::Template {
+                dir: "/templates".into(),
+                word: "wait".into(),
+                ready: "ready".into(),
+            }),
+            ..crate::spec::tests::spec()
+        };
+        let appended = |start| {
+            let line = arguments(&spec, &Inherited::default(), start);
+            let at = line.iter().position(|word| word == "-append");
+            at.map(|at| line[at + 1].to_str().unwrap().to_owned())
+        };
+        let saved = appended(Start::Save).unwrap();
+        assert!(
+            saved.contains(PLACES) && saved.ends_with(" wait"),
+            "{saved}"
+        );
+        assert!(saved.contains(BOUNCE_BUFFERS));
+        assert!(!appended(Start::Boot).unwrap().contains("wait"));
+        assert_eq!(appended(Start::Load), None);
+    }
+
+    #[test]
+    fn the_shared_directory_is_behind_the_guests_dma_layer_when_it_comes_later_too() {
+        let devices = late_devices(&[[2, 0xc1, 0, 0, 0, 0xa]]);
+        let [_, fs, net] = &devices[..] else {
+            panic!("{devices:?}")
+        };
+        assert_eq!(fs.device["iommu_platform"], true);
+        assert_eq!(fs.device["tag"], SHARED_TAG);
+        assert_eq!(net.device["mac"], "02:c1:00:00:00:0a");
+        assert_eq!(net.device["ctrl_vq"], false);
     }
 }

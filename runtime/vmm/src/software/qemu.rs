@@ -1,6 +1,8 @@
 //! The QEMU process: started as early as can be, joined by its devices when they are there, watched, and seen to its end.
 
-use std::io::{self, PipeReader, Read};
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -8,16 +10,22 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use cloison_devices::{Device, MacAddress, NetHandle};
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, SealFlag, fcntl, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::SockType;
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, getppid};
 
-use super::command::{Inherited, InheritedNic, arguments};
+use super::command::{Control, DeviceSockets, Inherited, InheritedNic, Start, arguments};
+use super::monitor::Monitor;
+use super::qmp::QmpError;
 use super::transcript::Transcript;
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
@@ -38,6 +46,9 @@ const ADVICE: &str =
 /// Bytes of console or standard error taken at a time.
 const CHUNK: usize = 8 << 10;
 
+/// How long a guest may take to boot that is to become a template: far beyond what it takes on a loaded host.
+const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Why the software engine could not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SoftwareError {
@@ -53,6 +64,9 @@ pub(crate) enum SoftwareError {
         device: &'static str,
         source: ServeError,
     },
+    /// A guest from a template could not be given its devices.
+    #[error("cannot let a guest from a template go; --template=off does without")]
+    LetGo(#[source] QmpError),
     /// A device's thread could not be started.
     #[error("cannot start a thread for the {device} device")]
     Thread {
@@ -76,7 +90,7 @@ struct Nic {
     connected: bool,
 }
 
-/// A QEMU that has been started; it comes to life when its devices are served.
+/// A QEMU that has been started; its guest comes to life when its devices are served.
 pub(crate) struct Qemu {
     path: PathBuf,
     child: Child,
@@ -87,6 +101,12 @@ pub(crate) struct Qemu {
     log: KernelLog,
     stop: Stop,
     running: Arc<AtomicBool>,
+    /// The guest's.
+    pub(super) memory: File,
+    /// Of a guest that is saved or loaded.
+    monitor: Option<Monitor>,
+    /// To the console of a guest that was loaded.
+    _input: Option<PipeWriter>,
     vcpus: u8,
     nics: Vec<Nic>,
     paused: bool,
@@ -94,45 +114,58 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts QEMU, which then waits for the devices, network devices with these addresses among them; must be called on the VM process's main thread, for QEMU dies with the
-    /// thread that started it.
-    pub(crate) fn spawn(
+    /// Starts QEMU, which then waits for the devices, network devices with these addresses among them; must be called on the VM
+    /// process's main thread, for QEMU dies with the thread that started it.
+    pub(super) fn start(
         spec: &VmSpec,
-        nics: Vec<MacAddress>,
+        start: Start,
+        nics: &[MacAddress],
         log: KernelLog,
         stop: Stop,
     ) -> Result<(Self, Sockets), SoftwareError> {
-        let pair = || UnixStream::pair().map_err(SoftwareError::Connect);
+        let connect = SoftwareError::Connect;
+        let pair = || UnixStream::pair().map_err(connect);
         let (fs, fs_of_qemu) = pair()?;
         let (vsock, vsock_of_qemu) = pair()?;
-        let (console, console_of_qemu) = io::pipe().map_err(SoftwareError::Connect)?;
+        let (console, console_of_qemu) = io::pipe().map_err(connect)?;
+        let memory = guest_memory(spec).map_err(connect)?;
+        let monitor = (start != Start::Boot).then(Monitor::new).transpose();
+        let (monitor, of_qemu) = monitor.map_err(connect)?.unzip();
+        let control = monitor.as_ref().zip(of_qemu.as_ref());
         let sockets = nics.iter().map(|_| listen());
         let sockets = sockets.collect::<io::Result<Vec<_>>>();
-        let (listeners, files): (Vec<_>, Vec<_>) =
-            sockets.map_err(SoftwareError::Connect)?.into_iter().unzip();
+        let (listeners, files): (Vec<_>, Vec<_>) = sockets.map_err(connect)?.into_iter().unzip();
         let inherited = Inherited {
-            fs: fs_of_qemu.as_raw_fd(),
-            vsock: vsock_of_qemu.as_raw_fd(),
+            memory: memory.as_raw_fd(),
             console: console_of_qemu.as_raw_fd(),
+            devices: (start != Start::Save).then(|| DeviceSockets {
+                fs: fs_of_qemu.as_raw_fd(),
+                vsock: vsock_of_qemu.as_raw_fd(),
+            }),
+            control: control.map(|(monitor, of_qemu)| Control {
+                monitor: of_qemu.socket.as_raw_fd(),
+                input: of_qemu.input.as_raw_fd(),
+                state: monitor.state.as_raw_fd(),
+            }),
             nics: nics
-                .into_iter()
+                .iter()
                 .zip(&files)
-                .map(|(mac, file)| InheritedNic {
+                .map(|(&mac, file)| InheritedNic {
                     socket: file.as_raw_fd(),
                     mac,
                 })
                 .collect(),
         };
-        let mut child = spawn(spec, &inherited).map_err(|source| SoftwareError::Start {
+        let mut child = spawn(spec, &inherited, start).map_err(|source| SoftwareError::Start {
             path: spec.qemu.clone(),
             source,
         })?;
-        let pidfd = sys::pidfd_open(child.id()).map_err(SoftwareError::Connect)?;
+        let pidfd = sys::pidfd_open(child.id()).map_err(connect)?;
         let missing = || SoftwareError::Connect(io::ErrorKind::BrokenPipe.into());
         let stderr = child.stderr.take().ok_or_else(missing)?;
         for reader in [console.as_fd(), stderr.as_fd()] {
             let nonblocking = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
-            fcntl(reader, nonblocking).map_err(|errno| SoftwareError::Connect(errno.into()))?;
+            fcntl(reader, nonblocking).map_err(|errno| connect(errno.into()))?;
         }
         let qemu = Self {
             path: spec.qemu.clone(),
@@ -144,6 +177,9 @@ impl Qemu {
             log,
             stop,
             running: Arc::new(AtomicBool::new(false)),
+            memory,
+            monitor,
+            _input: None,
             vcpus: spec.vcpus,
             nics: Vec::new(),
             paused: false,
@@ -176,7 +212,12 @@ impl Qemu {
             })?;
         }
         self.serve_device("fs", devices.fs, sockets.fs)?;
-        self.serve_device("vsock", devices.vsock, sockets.vsock)
+        self.serve_device("vsock", devices.vsock, sockets.vsock)?;
+        let monitor = self.monitor.take();
+        let macs: Vec<_> = self.nics.iter().map(|nic| nic.mac).collect();
+        let input = monitor.map(|monitor| monitor.let_go(&macs)).transpose();
+        self._input = input.map_err(SoftwareError::LetGo)?;
+        Ok(())
     }
 
     fn serve_device(
@@ -277,6 +318,33 @@ impl Qemu {
         // It is our child and has not been waited for, so that its ID is still its own.
         let sent = kill(Pid::from_raw(self.child.id() as i32), signal);
         sent.map_err(|errno| format!("cannot send {signal} to QEMU: {errno}"))
+    }
+
+    /// The means of saving or loading the guest, which one that just boots lacks.
+    pub(super) fn monitor(&mut self) -> io::Result<&mut Monitor> {
+        let monitor = self.monitor.as_mut();
+        monitor.ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Waits until the guest has written `line` to its console; before the main loop watches that.
+    pub(super) fn await_line(&mut self, line: &str) -> io::Result<()> {
+        let line = format!("{line}\n");
+        let deadline = Instant::now() + BOOT_PATIENCE;
+        while !self.log.tail(CHUNK).contains(&line) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).map_err(io::Error::other)?;
+            let mut fds = [PollFd::new(self.console.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, left) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if self.read_console() == Took::End {
+                while self.read_stderr() == Took::Something {}
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
     }
 
     fn read_console(&mut self) -> Took {
@@ -459,13 +527,34 @@ fn take_some(from: &mut impl Read, take: impl FnOnce(&[u8])) -> Took {
     }
 }
 
-fn spawn(spec: &VmSpec, inherited: &Inherited) -> io::Result<Child> {
+/// Guest memory, all zeroes. Its size is final: who maps it may rely on that.
+fn guest_memory(spec: &VmSpec) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let memory = File::from(memfd_create(c"cloison-guest", flags)?);
+    memory.set_len(u64::from(spec.memory_mib) << 20)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(memory)
+}
+
+/// An empty file in memory.
+pub(super) fn memory_file(name: &CStr) -> io::Result<File> {
+    Ok(memfd_create(name, MFdFlags::MFD_CLOEXEC)?.into())
+}
+
+fn spawn(spec: &VmSpec, inherited: &Inherited, start: Start) -> io::Result<Child> {
     let parent = Pid::this();
-    let mut fds = vec![inherited.fs, inherited.vsock, inherited.console];
+    let mut fds = vec![inherited.memory, inherited.console];
+    if let Some(DeviceSockets { fs, vsock }) = inherited.devices {
+        fds.extend([fs, vsock]);
+    }
+    if let Some(control) = inherited.control {
+        fds.extend([control.monitor, control.input, control.state]);
+    }
     fds.extend(inherited.nics.iter().map(|nic| nic.socket));
     let mut command = Command::new(&spec.qemu);
     command
-        .args(arguments(spec, inherited))
+        .args(arguments(spec, inherited, start))
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -78,6 +78,7 @@ impl Bench {
             initramfs,
             cmdline: String::new(),
             qemu: "/nonexistent/qemu".into(),
+            template: None,
         };
         // What the VM processes log goes to the test's own standard error.
         let log = std::os::fd::AsFd::as_fd(&std::io::stderr())
