@@ -13,7 +13,7 @@ use oci_spec::runtime::Spec;
 use crate::attached::{self, Outcome};
 use crate::container::{Container, MonitorLock, Record, State, now};
 use crate::exit::{self, Failed};
-use crate::network::{self, Source};
+use crate::network::{self, Held, Source};
 use crate::profile::Profile;
 use crate::terminal;
 
@@ -239,6 +239,7 @@ impl Monitor {
             biased;
             ended = attached::wait(&attached, wiring, signals) => ended,
             never = follow(network.as_mut(), guest) => match never {},
+            never = look_up_names(held.as_ref()) => match never {},
         };
         drop(held);
         lived
@@ -274,6 +275,14 @@ async fn follow(network: Option<&mut Network>, guest: &Guest) -> Infallible {
         tracing::warn!("the container's network is no longer followed: {error}");
     }
     std::future::pending().await
+}
+
+/// Keeps the container's egress policy up to date.
+async fn look_up_names(held: Option<&Held>) -> Infallible {
+    match held {
+        Some(held) => held.look_up_names().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The agent's error, if that is what it is.

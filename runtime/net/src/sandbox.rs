@@ -43,6 +43,13 @@ pub struct Lease {
     pub(crate) record: Record,
 }
 
+impl Lease {
+    /// The sandbox whose it is.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
 /// A sandbox on a network.
 #[derive(Debug)]
 pub struct Attached {

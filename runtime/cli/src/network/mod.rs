@@ -6,13 +6,16 @@ mod options;
 mod record;
 mod user;
 
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloison_net::{Attachment, Lease, Namespace, Networks, Reservation};
 use cloison_sandbox::{Home, Id, Network};
 use cloison_vmm::{ControlClient, Nic};
 use nix::unistd::{AccessFlags, access};
+use tokio::time::{Instant, interval_at};
 
 pub use etc::Etc;
 pub use options::{NetworkArg, NetworkOptions};
@@ -23,6 +26,9 @@ use user::{Pasta, User};
 
 /// How many interfaces can come to a prepared namespace after the launch, on an engine that must know.
 const LATER: u8 = 1;
+/// How often names in egress policies are looked up: the system's resolver does not say how long its answers are good for, and a minute is
+/// as short a life as most names' owners give them.
+const NAMES_PERIOD: Duration = Duration::from_secs(60);
 
 /// The networks of the host this process is on.
 ///
@@ -53,6 +59,26 @@ pub enum Source {
 pub struct Held {
     _pasta: Option<Pasta>,
     _attached: Option<(Namespace, Reservation)>,
+    /// The container's egress policy has names in it: where, and under which ID.
+    names: Option<(Networks, String)>,
+}
+
+impl Held {
+    /// Looks the names in the container's egress policy up from time to time, for as long as this is polled. Where that fails, what was
+    /// allowed before still is, and the log says so.
+    pub async fn look_up_names(&self) -> Infallible {
+        let Some((networks, id)) = &self.names else {
+            return std::future::pending().await;
+        };
+        let first = Instant::now() + NAMES_PERIOD;
+        let mut period = interval_at(first, NAMES_PERIOD);
+        loop {
+            period.tick().await;
+            if let Err(error) = networks.refresh(id).await {
+                tracing::warn!("cannot look up the names in the egress policy again: {error}");
+            }
+        }
+    }
 }
 
 /// What is used when nothing is asked for: `bridge`, unless this host lacks what that is made with.
@@ -155,11 +181,14 @@ impl Source {
                 Ok(Some((network, held)))
             }
             Self::Leased(networks, lease) => {
+                let has_names = !lease.names.is_empty();
+                let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
                 let mut network = Network::new(&attached.namespace)?;
                 network.plug(vm).await?;
                 let held = Held {
                     _attached: Some((attached.namespace, attached.reservation)),
+                    names: has_names.then_some((networks, id)),
                     ..Held::default()
                 };
                 Ok(Some((network, held)))

@@ -2,19 +2,16 @@
 //! (Documentation/arch/x86/boot.rst): its parameters, its command line, its initial ramfs, and tables for the processor that
 //! last until it has made its own.
 
-use std::fs::File;
-use std::io;
-
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::error::KvmError;
-use super::kernel::Kernel;
 use super::layout::{
-    BASE_MEMORY_END, BOOT_PARAMS, CMDLINE, CMDLINE_SIZE, GDT, HIGH_MEMORY, HOLE, IDENTITY_MAPPED,
-    PAGE, PD, PDPT, PML4, SLOT_COUNT, slot_address, slot_irq,
+    BASE_MEMORY_END, BOOT_PARAMS, CMDLINE, CMDLINE_SIZE, GDT, HIGH_MEMORY, HOLE_END,
+    IDENTITY_MAPPED, PAGE, PD, PDPT, PML4, SLOT_COUNT, slot_address, slot_irq,
 };
-use super::memory::{lay_file, low_end};
+use super::memory::low_end;
+use super::root::Root;
 
 /// "HdrS", at which the kernel knows that the parameters are filled in.
 const HEADER_MAGIC: u32 = 0x5372_6448;
@@ -42,46 +39,18 @@ const TABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = 0b1000_0011;
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 
-/// Where the initial ramfs is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Initramfs {
-    pub(super) start: u64,
-    pub(super) size: u64,
-}
-
-/// Lays the initial ramfs in `file` over the top of the memory below the device hole.
-pub(super) fn load_initramfs(
-    file: &File,
-    memory: &GuestMemoryMmap,
-    kernel: &Kernel,
-    mib: u32,
-) -> io::Result<Result<Initramfs, KvmError>> {
-    let size = file.metadata()?.len();
-    let too_small = KvmError::TooSmall {
-        mib,
-        needed: size.div_ceil(1 << 20),
-    };
-    let room = low_end(memory).checked_sub(size.next_multiple_of(PAGE));
-    let Some(start) = room.filter(|&start| start >= kernel.end && size > 0) else {
-        return Ok(Err(too_small));
-    };
-    lay_file(memory, file, 0, GuestAddress(start), size)?;
-    Ok(Ok(Initramfs { start, size }))
-}
-
 /// What every guest of this engine is told. With `quiet` its log keeps to what matters; each line is some exits. A panic becomes a
 /// reset at once (`panic=-1`), by the keyboard controller's reset line (`reboot=k`), which is told from a triple fault. CPUs beyond
 /// the first wait until they are asked for (`maxcpus=1`). Nothing is patched for one processor (`noreplace-smp`), since every page
-/// of the kernel that is written is a page that this VM no longer shares; for the same reason the initramfs stays where it is when
-/// it has been unpacked (`retain_initrd`). The host vouches for its clock (`tsc=reliable`): CPUs that come need not compare theirs.
+/// of the kernel that is written is a page that this VM no longer shares. The host vouches for its clock (`tsc=reliable`): CPUs that come need not compare theirs.
 /// And whoever waits for readers of the kernel's data to be done does not wait for the next ticks (`rcupdate.rcu_expedited`), as making
 /// a container does several times. No network interface is there that nobody asked for (`dummy.numdummies=0`).
-const WORDS: &str = "console=hvc0 quiet panic=-1 reboot=k maxcpus=1 noreplace-smp retain_initrd tsc=reliable \
+const WORDS: &str = "console=hvc0 quiet panic=-1 reboot=k maxcpus=1 noreplace-smp tsc=reliable \
     rcupdate.rcu_expedited=1 dummy.numdummies=0";
 
-/// The words every guest of this engine is started with, those that name the slots, and the caller's.
-pub(super) fn command_line(words: &str) -> Result<String, KvmError> {
-    let mut line = String::from(WORDS);
+/// The words every guest of this engine is started with, those that name its root and the slots, and the caller's.
+pub(super) fn command_line(root: &Root, words: &str) -> Result<String, KvmError> {
+    let mut line = format!("{WORDS} {}", root.words());
     for slot in 0..SLOT_COUNT {
         let (address, irq) = (slot_address(slot), slot_irq(slot));
         line.push_str(&format!(" virtio_mmio.device={PAGE:#x}@{address:#x}:{irq}"));
@@ -100,9 +69,9 @@ pub(super) fn command_line(words: &str) -> Result<String, KvmError> {
 pub(super) fn write(
     memory: &GuestMemoryMmap,
     command_line: &str,
-    initramfs: Initramfs,
+    root: &Root,
 ) -> Result<(), KvmError> {
-    let parameters = parameters(memory, command_line, initramfs);
+    let parameters = parameters(memory, command_line, root);
     memory
         .write_obj(parameters, GuestAddress(BOOT_PARAMS))
         .map_err(written("boot parameters"))?;
@@ -118,7 +87,8 @@ fn written(what: &'static str) -> impl Fn(vm_memory::GuestMemoryError) -> KvmErr
     move |source| KvmError::Write { what, source }
 }
 
-fn parameters(memory: &GuestMemoryMmap, command_line: &str, initramfs: Initramfs) -> boot_params {
+fn parameters(memory: &GuestMemoryMmap, command_line: &str, root: &Root) -> boot_params {
+    let initramfs = root.initramfs();
     let mut parameters = boot_params {
         hdr: setup_header {
             header: HEADER_MAGIC,
@@ -139,7 +109,7 @@ fn parameters(memory: &GuestMemoryMmap, command_line: &str, initramfs: Initramfs
     map.extend(
         memory
             .iter()
-            .filter(|region| region.start_addr().0 > HOLE)
+            .filter(|region| region.start_addr().0 >= HOLE_END)
             .map(|region| (region.start_addr().raw_value(), region.len())),
     );
     for (entry, &(addr, size)) in parameters.e820_table.iter_mut().zip(&map) {
@@ -170,21 +140,17 @@ fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryEr
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
+    use super::super::layout::HOLE;
     use super::super::memory::reserve;
+    use super::super::root::Initramfs;
     use super::*;
 
-    const KERNEL: Kernel = Kernel {
-        entry: 0x100_0000,
-        end: 0x300_0000,
-    };
+    const ROOT: Root = Root::Unpacked(Initramfs { start: 0, size: 0 });
 
     #[test]
     fn the_memory_map_covers_all_memory_and_leaves_out_the_holes() {
         let map = |mib| {
-            let parameters =
-                parameters(&reserve(mib).unwrap(), "", Initramfs { start: 0, size: 0 });
+            let parameters = parameters(&reserve(mib).unwrap(), "", &ROOT);
             let table = parameters.e820_table;
             table[..usize::from(parameters.e820_entries)]
                 .iter()
@@ -200,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_command_line_names_every_slot_and_ends_with_the_callers_words() {
-        let line = command_line("quiet init=/x").unwrap();
+        let line = command_line(&ROOT, "quiet init=/x").unwrap();
         assert!(line.contains(" virtio_mmio.device=0x1000@0xd0000000:5 "));
         assert_eq!(line.matches("virtio_mmio.device=").count(), SLOT_COUNT);
         assert!(line.ends_with(" quiet init=/x"));
@@ -208,46 +174,10 @@ mod tests {
 
     #[test]
     fn the_longest_words_a_spec_allows_fit_and_longer_ones_are_refused() {
-        command_line(&"x".repeat(crate::spec::VmSpec::MAX_CMDLINE)).unwrap();
+        command_line(&ROOT, &"x".repeat(crate::spec::VmSpec::MAX_CMDLINE)).unwrap();
         assert!(matches!(
-            command_line(&"x".repeat(CMDLINE_SIZE)),
+            command_line(&ROOT, &"x".repeat(CMDLINE_SIZE)),
             Err(KvmError::Cmdline(_))
         ));
-    }
-
-    #[test]
-    fn the_initramfs_ends_with_memory_and_must_fit_above_the_kernel() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[b'i'; 5000]).unwrap();
-        let memory = reserve(64).unwrap();
-        let initramfs = load_initramfs(&file, &memory, &KERNEL, 64)
-            .unwrap()
-            .unwrap();
-        assert_eq!(
-            initramfs,
-            Initramfs {
-                start: (64 << 20) - 2 * PAGE,
-                size: 5000
-            }
-        );
-        assert_eq!(
-            memory
-                .read_obj::<u8>(GuestAddress(initramfs.start + 4999))
-                .unwrap(),
-            b'i'
-        );
-        file.set_len(17 << 20).unwrap();
-        let error = load_initramfs(&file, &memory, &KERNEL, 64)
-            .unwrap()
-            .unwrap_err();
-        assert!(error.to_string().contains("17 MiB initramfs"), "{error}");
-        file.set_len(65 << 20).unwrap();
-        load_initramfs(&file, &memory, &KERNEL, 64)
-            .unwrap()
-            .unwrap_err();
-        file.set_len(0).unwrap();
-        load_initramfs(&file, &memory, &KERNEL, 64)
-            .unwrap()
-            .unwrap_err();
     }
 }

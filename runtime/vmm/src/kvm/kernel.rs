@@ -1,8 +1,9 @@
 //! The guest's kernel: an uncompressed ELF executable whose segments are laid over guest memory from the file, so that all VMs on
-//! the host share the page cache's copy. The file is the host's own, but nothing it says is believed unchecked.
+//! the host share the page cache's copy, but for those that the kernel writes: nearly every page of these would be shared only until
+//! it is written, and cost two faults for it. The file is the host's own, but nothing it says is believed unchecked.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
@@ -20,6 +21,8 @@ const IDENTIFICATION: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
 /// An executable file, for x86-64 (System V ABI, "ELF Header").
 const ET_EXEC: u16 = 2;
 const EM_X86_64: u16 = 62;
+/// A segment that is written (System V ABI, "Program Header").
+const PF_W: u32 = 2;
 
 /// Why a file is no kernel.
 #[derive(Debug, thiserror::Error)]
@@ -95,8 +98,8 @@ pub(super) fn load(file: &File, memory: &GuestMemoryMmap) -> Result<Kernel, Kern
     Ok(kernel)
 }
 
-/// Lays whole pages over memory and copies what is left of the last one, so that the zeroes a segment ends in are zeroes and
-/// not whatever follows in the file. Answers where the segment ends.
+/// Lays whole pages over memory, if the kernel does not write them, and copies the rest, so that the zeroes a segment ends in are zeroes
+/// and not whatever follows in the file. Answers where the segment ends.
 fn load_segment(
     file: &File,
     memory: &GuestMemoryMmap,
@@ -111,20 +114,21 @@ fn load_segment(
     if !memory.check_range(GuestAddress(start), size as usize) {
         return Err(KernelError::Segment { start, size });
     }
-    let whole = segment.p_filesz - segment.p_filesz % PAGE;
-    if whole > 0 {
-        lay_file(memory, file, segment.p_offset, GuestAddress(start), whole)
+    let laid = match segment.p_flags & PF_W {
+        0 => segment.p_filesz - segment.p_filesz % PAGE,
+        _ => 0,
+    };
+    if laid > 0 {
+        lay_file(memory, file, segment.p_offset, GuestAddress(start), laid)
             .map_err(KernelError::Map)?;
     }
-    let rest = (segment.p_filesz - whole) as usize;
-    if rest > 0 {
-        let mut bytes = vec![0; rest];
-        file.read_exact_at(&mut bytes, segment.p_offset + whole)
-            .map_err(KernelError::Read)?;
-        memory
-            .write_slice(&bytes, GuestAddress(start + whole))
-            .map_err(KernelError::Write)?;
-    }
+    let mut rest = file;
+    rest.seek(SeekFrom::Start(segment.p_offset + laid))
+        .map_err(KernelError::Read)?;
+    let (at, length) = (GuestAddress(start + laid), segment.p_filesz - laid);
+    memory
+        .read_exact_volatile_from(at, &mut rest, length as usize)
+        .map_err(KernelError::Write)?;
     Ok(end)
 }
 

@@ -30,6 +30,10 @@ pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 pub(super) const HOLE: u64 = 0xc000_0000;
 pub(super) const HOLE_END: u64 = 0x1_0000_0000;
 
+/// The guest's root file system, where it is mapped and not unpacked, and what room there is for it.
+pub(super) const ROOT: u64 = HOLE;
+pub(super) const ROOT_SIZE: u64 = SLOTS - ROOT;
+
 /// The virtio slots, a page each.
 pub(super) const SLOTS: u64 = 0xd000_0000;
 /// Number of slots. Each has an interrupt line of its own from [`FIRST_IRQ`] on.

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Rng};
-use kvm_bindings::kvm_userspace_memory_region;
+use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -16,8 +16,9 @@ use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE};
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE, ROOT};
 use super::ports::Ports;
+use super::root::Root;
 use super::run::{self, Machine as Shared};
 use super::vcpu::{self, Offer};
 use super::{boot, kernel, kick, memory, mptable};
@@ -38,6 +39,8 @@ pub(crate) struct KvmMachine {
     bus: Bus,
     /// Gives the guest memory while it runs, if it may ever have more.
     hot_memory: Option<MemHandle>,
+    /// How many slots, from the first on, have devices that belong to the VM.
+    own_slots: u32,
     /// The slots of network devices.
     nics: Vec<u32>,
     /// The vCPU that boots, until it has its thread.
@@ -57,7 +60,7 @@ impl KvmMachine {
         let kvm_fd = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
         let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
         let mut memory = memory::reserve(spec.memory_mib)?;
-        let entry = load(spec, &memory)?;
+        let (entry, root) = load(spec, &mut memory)?;
         let hot = match spec.max_memory_mib - spec.memory_mib {
             0 => None,
             mib => Some(memory::hot_range(&memory, mib)),
@@ -76,8 +79,18 @@ impl KvmMachine {
         let vm = Arc::new(vm);
         let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
         let Devices { fs, vsock, nics } = devices;
+        let mut own_slots = 0;
+        let mut own = |bus: &mut Bus, name, device| {
+            own_slots += 1;
+            bus.plug(name, device)
+        };
         for (name, device) in boot_devices(fs, vsock, log.clone(), &memory)? {
-            bus.plug(name, device)?;
+            own(&mut bus, name, device)?;
+        }
+        if let Some((start, length)) = root.mapped() {
+            let pmem = Pmem::new(start, length).map_err(io::Error::other);
+            let pmem = pmem.map_err(system("show the guest its root file system"))?;
+            own(&mut bus, "pmem", Box::new(pmem))?;
         }
         let hot_memory = hot
             .map(|(start, length)| {
@@ -85,7 +98,7 @@ impl KvmMachine {
                 let mem = Mem::new(start, length, backing).map_err(io::Error::other);
                 let mem = mem.map_err(system("make room for more memory"))?;
                 let handle = mem.handle();
-                bus.plug("mem", Box::new(mem))?;
+                own(&mut bus, "mem", Box::new(mem))?;
                 Ok::<_, KvmError>(handle)
             })
             .transpose()?;
@@ -112,6 +125,7 @@ impl KvmMachine {
             shared,
             bus,
             hot_memory,
+            own_slots,
             nics,
             first: Some(first),
             vcpus: Vec::new(),
@@ -256,7 +270,7 @@ impl Machine for KvmMachine {
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
-        if (slot as usize) < BOOT_DEVICES + usize::from(self.hot_memory.is_some()) {
+        if slot < self.own_slots {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
         let unplugged = self.bus.unplug(slot as usize);
@@ -291,7 +305,10 @@ fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> 
         })?;
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: match region.start_addr() {
+                GuestAddress(ROOT) => KVM_MEM_READONLY,
+                _ => 0,
+            },
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: host as u64,
@@ -303,8 +320,8 @@ fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> 
     Ok(())
 }
 
-/// Fills the guest's memory with what it starts from; answers where it starts.
-fn load(spec: &VmSpec, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
+/// Fills the guest's memory with what it starts from; answers where it starts, and what its root is.
+fn load(spec: &VmSpec, memory: &mut GuestMemoryMmap) -> Result<(u64, Root), KvmError> {
     let file = |role, path: &Path| File::open(path).map_err(in_file(role, path));
     let kernel = kernel::load(&file("guest kernel", &spec.kernel)?, memory);
     let kernel = kernel.map_err(|source| KvmError::Kernel {
@@ -312,9 +329,10 @@ fn load(spec: &VmSpec, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
         source,
     })?;
     let (role, path) = ("guest's initramfs", &spec.initramfs);
-    let initramfs = boot::load_initramfs(&file(role, path)?, memory, &kernel, spec.memory_mib);
-    let initramfs = initramfs.map_err(in_file(role, path))??;
-    boot::write(memory, &boot::command_line(&spec.cmdline)?, initramfs)?;
+    let root = Root::lay(&file(role, path)?, memory, &kernel, spec.memory_mib);
+    let root = root.map_err(in_file(role, path))??;
+    let command_line = boot::command_line(&root, &spec.cmdline)?;
+    boot::write(memory, &command_line, &root)?;
     let table = mptable::build(spec.max_vcpus);
     memory
         .write_slice(&table, GuestAddress(MP_TABLE))
@@ -322,7 +340,7 @@ fn load(spec: &VmSpec, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
             what: "MP table",
             source,
         })?;
-    Ok(kernel.entry)
+    Ok((kernel.entry, root))
 }
 
 fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
@@ -333,7 +351,7 @@ fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
     }
 }
 
-/// How many devices every guest has from its start, in the first slots; one that can be given memory has one more.
+/// How many devices every guest has from its start, in the first slots.
 const BOOT_DEVICES: usize = 5;
 
 /// A device and its name.

@@ -5,7 +5,9 @@
 mod backing;
 mod boot;
 mod bus;
+mod cpio;
 mod cpuid;
+mod erofs;
 mod error;
 mod gate;
 mod kernel;
@@ -16,6 +18,7 @@ mod memory;
 mod mptable;
 mod ports;
 mod registers;
+mod root;
 mod run;
 mod slot;
 mod vcpu;
