@@ -7,42 +7,8 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::dockerd::{Daemon, Release, kill};
+use crate::dockerd::{Daemon, Release, gone, kill, pids, watch};
 use crate::host::{dist, text};
-
-/// Processes whose command lines have all of these words.
-fn pids(words: &[&str]) -> Vec<i32> {
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let has = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = text(&line);
-        words.iter().all(|word| line.contains(word))
-    };
-    pids.filter(has).collect()
-}
-
-/// Waits for the end of a process.
-fn gone(pid: i32) {
-    if let Ok(watched) = nix_pidfd(pid) {
-        let mut poll = libc::pollfd {
-            fd: watched,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: poll(2) reads and writes the one structure it is given; the descriptor is ours.
-        unsafe {
-            libc::poll(&raw mut poll, 1, -1);
-            libc::close(watched);
-        }
-    }
-}
-
-fn nix_pidfd(pid: i32) -> Result<i32, i64> {
-    // SAFETY: pidfd_open(2) takes two integers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or(fd)
-}
 
 /// Removes a container whatever state it is in, and checks that it has left nothing.
 fn remove(docker: &Daemon, name: &str, id: &str) {
@@ -58,9 +24,7 @@ fn remove(docker: &Daemon, name: &str, id: &str) {
         !sandboxes.iter().any(|dir| dir.ends_with(id)),
         "{sandboxes:?}"
     );
-    let bundle = docker
-        .path("exec/containerd/daemon")
-        .join("io.containerd.runtime.v2.task/moby");
+    let bundle = docker.path("containerd/state/io.containerd.runtime.v2.task/moby");
     assert!(!bundle.join(id).exists());
 }
 
@@ -80,6 +44,7 @@ fn a_container_whose_process_on_the_host_is_killed_has_failed_and_leaves_nothing
         docker.until_logged(name, "up");
         let id = docker.inspect(name, ".Id");
         let stand_in = monitor(&docker, name);
+        let watched = watch(stand_in).unwrap();
         let victims = match victim {
             "monitor" => vec![stand_in],
             role => pids(&[role, &id]),
@@ -92,7 +57,7 @@ fn a_container_whose_process_on_the_host_is_killed_has_failed_and_leaves_nothing
         let status = text(&wait.wait_with_output().unwrap().stdout);
         assert_ne!(status, "0\n", "{victim}");
         remove(&docker, name, &id);
-        gone(stand_in);
+        gone(watched);
     }
 }
 
@@ -174,19 +139,13 @@ fn a_daemon_that_is_killed_while_containers_are_made_started_and_stopped_leaves_
 
 #[test]
 fn a_container_whose_containerd_is_killed_can_be_removed() {
-    let Some(docker) = Daemon::own(Release::Host, json!({})) else {
+    let Some(mut docker) = Daemon::own(Release::Host, json!({})) else {
         return;
     };
     docker.detached("orphan", &[], "echo up; exec tail -f /dev/null");
     docker.until_logged("orphan", "up");
     let id = docker.inspect("orphan", ".Id");
-    let config = docker.path("exec/containerd/containerd.toml");
-    let containerd = pids(&["containerd", "--config", config.to_str().unwrap()]);
-    assert_eq!(containerd.len(), 1);
-    kill(containerd[0]);
-    // dockerd starts another one.
-    let restarted = docker.docker(&["exec", "orphan", "echo", "here"]);
-    let _ = restarted;
+    docker.restart_containerd();
     remove(&docker, "orphan", &id);
 }
 

@@ -2,6 +2,7 @@
 //! a newer release (`tests/trees/docker`).
 
 use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -23,9 +24,19 @@ pub enum Release {
 /// A dockerd. Dropping it checks that nothing is left of its containers.
 pub struct Daemon {
     dir: tempfile::TempDir,
-    release: Release,
     process: Child,
+    /// The host's release has one of its own, as on any host; a tree's dockerd starts one itself.
+    containerd: Option<Containerd>,
 }
+
+/// containerd, and the namespaces that it shares with its dockerd.
+struct Containerd {
+    process: Child,
+    network: fs::File,
+    mounts: fs::File,
+}
+
+const BOOTED: &str = "containerd successfully booted";
 
 /// Makes the root file system of a tree, with the directories that are named after it, the calling process's own, and runs a command there.
 /// A plain chroot will not do: dockerd remounts `/`.
@@ -85,13 +96,19 @@ impl Daemon {
             .output()
             .unwrap();
         succeed(&install);
-        let process = launch(dir.path(), release);
+        let (process, containerd) = match release {
+            Release::Host => {
+                let containerd = Containerd::start(dir.path());
+                (containerd.dockerd(dir.path()), Some(containerd))
+            }
+            Release::Tree(name) => (in_tree(dir.path(), name), None),
+        };
+        await_line(&dir.path().join("log"), "API listen on");
         let daemon = Self {
             dir,
-            release,
             process,
+            containerd,
         };
-        daemon.await_ready();
         let (tar, root) = (daemon.path("image.tar"), daemon.path("rootfs"));
         rootfs(&root);
         image_tar(&root, &tar);
@@ -104,47 +121,40 @@ impl Daemon {
         self.dir.path().join(name)
     }
 
-    /// Ends dockerd and starts it anew.
+    /// Ends dockerd and starts it anew, as an upgrade of the host's does: its containerd stays.
     pub fn restart(&mut self, signal: i32) {
-        self.stop(signal);
-        self.process = launch(self.dir.path(), self.release);
-        self.await_ready();
-    }
-
-    /// dockerd's own pid.
-    pub fn pid(&self) -> i32 {
-        let parent = i32::try_from(self.process.id()).unwrap();
-        match self.release {
-            Release::Host => parent,
-            Release::Tree(_) => {
-                let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
-                children.unwrap().trim().parse().unwrap()
-            }
-        }
-    }
-
-    fn stop(&mut self, signal: i32) {
-        // SAFETY: kill(2) takes two integers, and the process is our child or its.
-        unsafe { libc::kill(self.pid(), signal) };
+        let containerd = self.containerd.as_ref().unwrap();
+        // SAFETY: kill(2) takes two integers, and the process is our child.
+        unsafe { libc::kill(i32::try_from(self.process.id()).unwrap(), signal) };
         self.process.wait().unwrap();
+        self.process = containerd.dockerd(self.dir.path());
+        await_line(&self.path("log"), "API listen on");
     }
 
-    /// dockerd says in its log when it answers.
-    fn await_ready(&self) {
-        let mut follow = Command::new("tail")
-            .args(["-n", "+1", "-f"])
-            .arg(self.path("log"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = std::io::BufRead::lines(std::io::BufReader::new(follow.stdout.take().unwrap()));
-        let ready = lines
-            .map_while(Result::ok)
-            .find(|line| line.contains("API listen on") || line.contains("failed to start daemon"));
-        follow.kill().unwrap();
-        follow.wait().unwrap();
-        let ready = ready.unwrap();
-        assert!(ready.contains("API listen on"), "{ready}");
+    /// Kills containerd and starts it anew.
+    pub fn restart_containerd(&mut self) {
+        let containerd = self.containerd.as_mut().unwrap();
+        containerd.process.kill().unwrap();
+        containerd.process.wait().unwrap();
+        containerd.process = containerd.enter(self.dir.path());
+        await_line(&self.dir.path().join("containerd.log"), BOOTED);
+    }
+
+    fn stop(&mut self) {
+        let parent = i32::try_from(self.process.id()).unwrap();
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+        let pid = match self.containerd {
+            Some(_) => parent,
+            // The tree's init is dockerd.
+            None => children.unwrap().trim().parse().unwrap(),
+        };
+        // SAFETY: kill(2) takes two integers, and the process is our child or its.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        self.process.wait().unwrap();
+        if let Some(containerd) = &mut self.containerd {
+            containerd.process.kill().unwrap();
+            containerd.process.wait().unwrap();
+        }
     }
 
     /// The address of its API.
@@ -238,37 +248,137 @@ impl Daemon {
     }
 }
 
-/// Starts dockerd on what is in `dir`.
-fn launch(dir: &Path, release: Release) -> Child {
-    let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
-    let log = fs::File::create(dir.join("log")).unwrap();
-    let mut command = Command::new("unshare");
-    command.args(["--net", "--mount"]);
-    match release {
-        Release::Host => {
-            command.env("CLOISON_DATA_DIR", data());
-            command.args(["sh", "-c", ON_HOST, "sh"]);
-        }
-        Release::Tree(name) => {
-            for part in ["tree/upper", "tree/work", "tree/root"] {
-                fs::create_dir_all(dir.join(part)).unwrap();
-            }
-            let dist = dist();
-            let parts = fs::canonicalize(dist.join("vmlinux")).unwrap();
-            // Its QEMU is another one, and so would be the templates of the shared data directory.
-            command.env("CLOISON_DATA_DIR", at("cloison"));
-            command.args(["--pid", "--fork", "--kill-child"]);
-            command.args(["sh", "-c", IN_TREE, "sh"]);
-            command.arg(tree(name)).arg(at("tree"));
-            command.arg(&dist).arg(parts.parent().unwrap());
+/// Waits until a log has a line with this in it.
+fn await_line(log: &Path, words: &str) {
+    let mut follow = Command::new("tail")
+        .args(["-n", "+1", "-f", log.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(follow.stdout.take().unwrap()));
+    let ready = lines
+        .map_while(Result::ok)
+        .find(|line| line.contains(words) || line.contains("failed to start"));
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    let ready = ready.unwrap();
+    assert!(ready.contains(words), "{ready}");
+}
+
+/// Processes whose command lines have all of these words.
+pub fn pids(words: &[&str]) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let has = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = text(&line);
+        words.iter().all(|word| line.contains(word))
+    };
+    pids.filter(has).collect()
+}
+
+/// Something by which to see a process end; none for one that is gone.
+pub fn watch(pid: i32) -> Option<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes two integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: the descriptor has just been made, and nothing else knows of it.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits for the end of a process that is watched.
+pub fn gone(watched: OwnedFd) {
+    let mut poll = libc::pollfd {
+        fd: watched.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: poll(2) reads and writes the one structure it is given.
+    while unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {}
+}
+
+impl Containerd {
+    fn start(dir: &Path) -> Self {
+        let config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
+            dir.join("containerd/root"),
+            dir.join("containerd/state"),
+            dir.join("containerd.sock"),
+        );
+        fs::write(dir.join("containerd.toml"), config).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--net", "--mount", "sh", "-c", ON_HOST, "sh"]);
+        let process = Self::run(command, dir);
+        await_line(&dir.join("containerd.log"), BOOTED);
+        let namespace = |name| fs::File::open(format!("/proc/{}/ns/{name}", process.id()));
+        let (network, mounts) = (namespace("net").unwrap(), namespace("mnt").unwrap());
+        Self {
+            process,
+            network,
+            mounts,
         }
     }
+
+    /// One more in the same namespaces.
+    fn enter(&self, dir: &Path) -> Child {
+        Self::run(self.nsenter(), dir)
+    }
+
+    fn run(mut command: Command, dir: &Path) -> Child {
+        command.env("CLOISON_DATA_DIR", data());
+        command.arg("containerd").arg("--config");
+        command.arg(dir.join("containerd.toml"));
+        logged(&mut command, &dir.join("containerd.log"))
+    }
+
+    fn nsenter(&self) -> Command {
+        let path = |of: &fs::File| format!("/proc/{}/fd/{}", std::process::id(), of.as_raw_fd());
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", path(&self.network)));
+        command.arg(format!("--mount={}", path(&self.mounts)));
+        command
+    }
+
+    fn dockerd(&self, dir: &Path) -> Child {
+        let mut command = self.nsenter();
+        dockerd(&mut command, dir);
+        command.arg("--containerd").arg(dir.join("containerd.sock"));
+        logged(&mut command, &dir.join("log"))
+    }
+}
+
+fn in_tree(dir: &Path, name: &str) -> Child {
+    let tree_dir = dir.join("tree");
+    for part in ["upper", "work", "root"] {
+        fs::create_dir_all(tree_dir.join(part)).unwrap();
+    }
+    let dist = dist();
+    let parts = fs::canonicalize(dist.join("vmlinux")).unwrap();
+    let mut command = Command::new("unshare");
+    // Its QEMU is another one, and so would be the templates of the shared data directory.
+    command.env("CLOISON_DATA_DIR", dir.join("cloison"));
+    command.args(["--net", "--mount", "--pid", "--fork", "--kill-child"]);
+    command.args(["sh", "-c", IN_TREE, "sh"]);
+    command.arg(tree(name)).arg(tree_dir);
+    command.arg(&dist).arg(parts.parent().unwrap());
+    dockerd(&mut command, dir);
+    logged(&mut command, &dir.join("log"))
+}
+
+/// dockerd's command line, on what is in `dir`.
+fn dockerd(command: &mut Command, dir: &Path) {
+    let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
     command
         .args(["dockerd", "--config-file", &at("daemon.json")])
         .args(["--data-root", &at("data"), "--exec-root", &at("exec")])
         .args(["--pidfile", &at("pid")])
         .args(["-H", &format!("unix://{}", at("sock"))])
-        .args(["--cgroup-parent", &format!("/{}", name_of(dir))])
+        .args(["--cgroup-parent", &format!("/{}", name_of(dir))]);
+}
+
+fn logged(command: &mut Command, log: &Path) -> Child {
+    let log = fs::File::create(log).unwrap();
+    command
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
@@ -285,7 +395,7 @@ impl Drop for Daemon {
         }
         let sandboxes = self.sandboxes();
         let name = name_of(self.dir.path());
-        self.stop(libc::SIGTERM);
+        self.stop();
         let cgroups = children(&name);
         remove_cgroups(&name);
         if !std::thread::panicking() {
