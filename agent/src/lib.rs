@@ -20,6 +20,7 @@ mod pump;
 mod random;
 mod reaper;
 mod report;
+mod resolver;
 pub mod server;
 mod service;
 mod slots;

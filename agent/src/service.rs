@@ -2,6 +2,7 @@
 //! changes something runs to its end even if its connection is lost meanwhile.
 
 use std::collections::HashMap;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +14,8 @@ use cloison_agent_api::agent::{
     ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeviceRequest, Empty, ExecRequest, HelloRequest, HelloResponse,
     Interface, InterfaceRequest, ListProcessesResponse, ProcessRequest, ProcessResponse,
-    ResizeTtyRequest, SignalRequest, Stdio, TtySize, UpdateContainerRequest, WaitResponse,
+    ResizeTtyRequest, ResolverRequest, SignalRequest, Stdio, TtySize, UpdateContainerRequest,
+    WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
 use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
@@ -27,9 +29,10 @@ use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::interfaces::{self, Interfaces};
 use crate::random;
+use crate::resolver::Resolver;
 use crate::slots;
 use crate::spec;
-use crate::stdio::Ports;
+use crate::stdio::{self, Ports};
 
 /// Most containers of one guest.
 const MAX_CONTAINERS: usize = 1024;
@@ -133,6 +136,23 @@ impl Service {
         Ok(Empty::new())
     }
 
+    async fn resolver(self, request: ResolverRequest) -> Result<Empty> {
+        let address = loopback(&request.address)?;
+        let resolver = Resolver::bind(address).await;
+        let resolver = resolver.doing(|| format!("answering names at {address}"))?;
+        let host = stdio::stream(&*self.shared.connect, request.port).await?;
+        let host = host.ok_or_else(|| Error::Invalid {
+            what: "resolver",
+            why: "it has no stream to the host".into(),
+        })?;
+        tokio::spawn(async move {
+            if let Err(error) = resolver.serve(host).await {
+                tracing::warn!("names are no longer answered at {address}: {error}");
+            }
+        });
+        Ok(Empty::new())
+    }
+
     async fn end(self) -> Result<Empty> {
         let all: Vec<_> = self.containers().values().cloned().collect();
         for container in &all {
@@ -165,6 +185,17 @@ async fn whole<T: Send + 'static>(
         .map_err(io::Error::other)
         .doing(|| "running the call".into());
     Ok(result.flatten()?)
+}
+
+fn loopback(bytes: &[u8]) -> Result<Ipv4Addr> {
+    let address = <[u8; 4]>::try_from(bytes).map(Ipv4Addr::from);
+    match address {
+        Ok(address) if address.is_loopback() => Ok(address),
+        _ => Err(Error::Invalid {
+            what: "resolver",
+            why: format!("{bytes:?} is no loopback address"),
+        }),
+    }
 }
 
 fn container_id(text: &str) -> Result<ContainerId> {
@@ -439,6 +470,14 @@ impl Agent for Service {
         let device = interfaces::hardware_address(&request.device)?;
         let interfaces = self.interfaces.clone();
         whole(async move { interfaces.remove(device).await.map(|()| Empty::new()) }).await
+    }
+
+    async fn serve_resolver(
+        &self,
+        _: &TtrpcContext,
+        request: ResolverRequest,
+    ) -> ttrpc::Result<Empty> {
+        whole(self.clone().resolver(request)).await
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod resolver;
+
 #[allow(clippy::all, clippy::unwrap_used, clippy::expect_used)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));

@@ -78,8 +78,8 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         vcpus: plan.size.vcpus,
         max_vcpus: plan.size.vcpus,
         max_memory_mib: plan.size.memory_mib,
-        // For an interface that comes later.
-        spare_nics: 1,
+        // The monitor knows which there are.
+        spare_nics: 0,
         kernel: parts.kernel()?,
         initramfs: parts.initramfs()?,
         cmdline: String::new(),

@@ -22,6 +22,7 @@ mod monitor;
 mod network;
 mod pause;
 mod ps;
+mod rendezvous;
 mod run;
 mod standin;
 mod start;

@@ -3,17 +3,19 @@
 //! then it exits with the init's status. The VM ends with it, however it ends.
 
 use std::convert::Infallible;
+use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use cloison_agent_api::TEMPLATE_NIC_SLOTS;
 use cloison_agent_api::agent::TtySize;
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Running, Sandbox,
-    Signals, Streams, Wiring, enter_private_namespace,
+    Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Resolver, Running,
+    Sandbox, Signals, Streams, Wiring, enter_private_namespace, loopback_resolver,
 };
-use cloison_vmm::VmSpec;
+use cloison_vmm::{ControlClient, VmSpec};
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::channel::{self, ProcessEnd, Report};
@@ -21,12 +23,16 @@ use crate::console::{Console, inherited_size, inherited_streams};
 use crate::container::{Container, Record, Status};
 use crate::fork::take_stdio;
 use crate::log::Log;
+use crate::rendezvous::Rendezvous;
 use crate::standin::{self, Sizes};
 use crate::translate::Plan;
 use crate::{hooks, runtime};
 
 /// Status of a container whose VM was lost: nobody knows its own.
 const LOST: u8 = 255;
+
+/// Network devices of a guest on an engine that cannot add any later.
+const NICS: usize = TEMPLATE_NIC_SLOTS.len();
 
 const NO_NETWORK: &str = "cannot connect the container to its network";
 
@@ -63,6 +69,7 @@ struct Ready {
     sizes: Sizes,
     first_size: Option<TtySize>,
     hooks: Option<Vec<Hook>>,
+    resolv_conf: Option<PathBuf>,
     log: Log,
 }
 
@@ -125,6 +132,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         .map(|bind| shared.add_mount(&bind.source, bind.options))
         .collect();
     let hooks = job.plan.hooks.create_container().clone();
+    let resolv_conf = job.plan.resolv_conf.clone();
     let spec = job
         .plan
         .into_guest_spec(shared.rootfs_in_guest(), sources?)?;
@@ -137,6 +145,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         sizes,
         first_size,
         hooks,
+        resolv_conf,
         log: job.log.clone(),
     };
     let mut record = job.record;
@@ -165,6 +174,7 @@ impl Ready {
         let namespace = Namespace::current().context(NO_NETWORK)?;
         let mut network = Network::new(&namespace).context(NO_NETWORK)?;
         let nics = network.early().await.context(NO_NETWORK)?;
+        self.vm.spare_nics = spare_nics(nics.len());
         let (mut vm, wiring) = self
             .sandbox
             .launch(self.vm.clone(), streams, nics)
@@ -177,14 +187,17 @@ impl Ready {
                 // The hooks of the host, which may bring interfaces, ran while the guest booted.
                 channel.order().await?;
                 network.settle(&agent, &control).await.context(NO_NETWORK)?;
+                let rendezvous = Rendezvous::at(&container.dir())?;
                 self.make(&agent, &wiring, container, record, &mut channel)
                     .await?;
                 *made = true;
                 let followed = async {
                     // A container outlives the end of its network.
-                    let Err(error) = network.follow(&agent, &control).await;
+                    let Err(error) = self
+                        .follow(&mut network, &rendezvous, &agent, &control)
+                        .await;
                     let lost = "the container's network is no longer followed";
-                    self.log.warn(format!("{lost}: {error}"));
+                    self.log.warn(format!("{lost}: {error:#}"));
                     std::future::pending::<Infallible>().await
                 };
                 tokio::select! {
@@ -232,6 +245,61 @@ impl Ready {
         channel.tell(&Report::Made).await
     }
 
+    /// Brings every change of the network to the guest, and has a `start` wait for those that were there before it.
+    async fn follow(
+        &self,
+        network: &mut Network,
+        rendezvous: &Rendezvous,
+        agent: &cloison_sandbox::Agent,
+        control: &ControlClient,
+    ) -> Result<Infallible> {
+        let (mut failed, mut resolver, mut started) = (None, None, false);
+        loop {
+            tokio::select! {
+                biased;
+                start = rendezvous.next() => {
+                    let settled = network.settle(agent, control).await;
+                    let settled = settled.map_err(anyhow::Error::from);
+                    let mut settled = failed.take().map_or(settled, Err);
+                    if settled.is_ok() {
+                        settled = self.resolve(&mut resolver, agent, control).await;
+                    }
+                    started = settled.is_ok();
+                    start?.answer(settled.context(NO_NETWORK)).await;
+                }
+                change = network.changed() => {
+                    let applied = network.apply(agent, control, change?).await;
+                    let mut applied = applied.map_err(anyhow::Error::from);
+                    if applied.is_ok() && started {
+                        applied = self.resolve(&mut resolver, agent, control).await;
+                    }
+                    if let Err(error) = applied {
+                        self.log.warn(format!("{error:#}"));
+                        failed = Some(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives the guest the resolver that its caller has on the loopback of the container's namespace, if it has one by now.
+    async fn resolve(
+        &self,
+        resolver: &mut Option<Resolver>,
+        agent: &cloison_sandbox::Agent,
+        control: &ControlClient,
+    ) -> Result<()> {
+        let text = self.resolv_conf.as_ref().map(fs::read_to_string);
+        // One that the caller has taken away names nobody.
+        let wanted = text.and_then(Result::ok);
+        let wanted = wanted.and_then(|text| loopback_resolver(&text));
+        let Some(address) = wanted else { return Ok(()) };
+        if resolver.as_ref().is_none_or(|r| r.address() != address) {
+            *resolver = Some(Resolver::open(agent, control, address).await?);
+        }
+        Ok(())
+    }
+
     async fn stand_in(
         &self,
         agent: &cloison_sandbox::Agent,
@@ -251,6 +319,13 @@ impl Ready {
     }
 }
 
+/// Network devices for interfaces that come later: as many as a guest from a template can have in all, and one at least.
+fn spare_nics(early: usize) -> u8 {
+    let room = VmSpec::MAX_NICS.saturating_sub(early);
+    let spare = NICS.saturating_sub(early).max(1).min(room);
+    u8::try_from(spare).unwrap_or(0)
+}
+
 /// A lost agent is most often a VM that has ended, which says more.
 async fn explain(vm: &mut Running, error: anyhow::Error) -> anyhow::Error {
     let better = match error.downcast_ref::<Error>().and_then(Error::agent) {
@@ -258,4 +333,14 @@ async fn explain(vm: &mut Running, error: anyhow::Error) -> anyhow::Error {
         None => None,
     };
     better.map_or(error, anyhow::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_interfaces_that_come_later_and_never_more_than_a_vm_has() {
+        assert_eq!([0, 1, 2, 3, 4, 5].map(spare_nics), [3, 2, 1, 1, 0, 0]);
+    }
 }

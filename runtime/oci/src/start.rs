@@ -5,7 +5,7 @@ use cloison_sandbox::Home;
 
 use crate::container::{Container, Phase, Status};
 use crate::log::Log;
-use crate::{hooks, runtime};
+use crate::{hooks, rendezvous, runtime};
 
 /// Starts a created container's process.
 pub fn start(home: &Home, log: &Log, id: &str) -> Result<()> {
@@ -18,6 +18,7 @@ pub fn start(home: &Home, log: &Log, id: &str) -> Result<()> {
         Status::Creating => bail!("cannot start a container that is being created"),
         Status::Running | Status::Paused => bail!("cannot start an already running container"),
     }
+    rendezvous::await_ready(&container.dir())?;
     runtime()?.block_on(async {
         let agent = container.sandbox().connect_agent()?;
         agent.hello().await?;

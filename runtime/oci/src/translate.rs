@@ -31,6 +31,8 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// What the host shows the guest, in the order of the mounts that use it.
     pub binds: Vec<Bind>,
+    /// The file of the host that is the container's resolv.conf, if it is one.
+    pub resolv_conf: Option<PathBuf>,
     /// The VM's size.
     pub size: VmSize,
     /// The network namespace of the VM.
@@ -91,6 +93,10 @@ impl Plan {
         } = linux::adapt(id, linux, &mut notes)?;
         let mounts = spec.mounts().clone().unwrap_or_default();
         let (mounts, binds) = mounts::adapt(mounts, bundle, &rootfs)?;
+        let is_resolv_conf =
+            |bind: &&Bind| mounts[bind.mount].destination() == Path::new("/etc/resolv.conf");
+        let resolv_conf = binds.iter().find(is_resolv_conf);
+        let resolv_conf = resolv_conf.map(|bind| bind.source.clone());
         let (host, guest) = split_hooks(spec.hooks().clone().unwrap_or_default())?;
         spec.set_process(Some(process))
             .set_linux(Some(linux))
@@ -100,6 +106,7 @@ impl Plan {
             guest: spec,
             rootfs,
             binds,
+            resolv_conf,
             size,
             network,
             host_limits,

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -425,6 +426,29 @@ impl Agent {
         answer
             .map(drop)
             .map_err(|e| AgentError::new("remove a network interface", e))
+    }
+
+    /// Has what is asked at a loopback address of the guest's passed to the host over the stream at `port`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub(crate) async fn serve_resolver(
+        &self,
+        address: Ipv4Addr,
+        port: u32,
+    ) -> Result<(), AgentError> {
+        let request = api::ResolverRequest {
+            address: address.octets().to_vec(),
+            port,
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .serve_resolver(within(CALL_TIMEOUT), &request)
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("serve a resolver", e))
     }
 
     /// Suspends a container's processes.

@@ -147,14 +147,27 @@ impl Network {
     /// When the namespace cannot be watched any more.
     pub async fn follow(&mut self, agent: &Agent, vm: &ControlClient) -> Result<Infallible, Error> {
         loop {
-            let change = self.adopter.next().await?;
+            let change = self.changed().await?;
             if let Err(error) = self.apply(agent, vm, change).await {
                 tracing::warn!("{}", chain(&error));
             }
         }
     }
 
-    async fn apply(
+    /// Waits for the next change of the namespace's interfaces, which is for [`Network::apply`]. Nothing is lost when the future is
+    /// dropped.
+    ///
+    /// # Errors
+    /// When the namespace cannot be watched any more.
+    pub async fn changed(&mut self) -> Result<Change, Error> {
+        Ok(self.adopter.next().await?)
+    }
+
+    /// Brings a change to the guest.
+    ///
+    /// # Errors
+    /// When it cannot have that; it goes on without.
+    pub async fn apply(
         &mut self,
         agent: &Agent,
         vm: &ControlClient,

@@ -1,201 +1,18 @@
-//! docker with this runtime, by a dockerd of the tests' own in a network namespace of its own: what a person does with docker.
+//! docker with this runtime: what a person does with docker.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex, Weak};
+use std::path::Path;
+use std::process::Stdio;
 
-use crate::host::{data, dist, emulated, fail, image_tar, rootfs, succeed, text};
+use crate::dockerd::Daemon;
+use crate::host::{fail, succeed, text};
 use crate::pty::Terminal;
-
-/// A dockerd, its data and its cgroup. The tests share one; it goes with the last of them.
-struct Daemon {
-    dir: tempfile::TempDir,
-    process: Child,
-}
-
-static DAEMON: Mutex<Weak<Daemon>> = Mutex::new(Weak::new());
-
-/// The daemon; none on a machine that has no room for docker.
-fn daemon() -> Option<Arc<Daemon>> {
-    if emulated() {
-        return None;
-    }
-    let mut shared = DAEMON
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(daemon) = shared.upgrade() {
-        return Some(daemon);
-    }
-    let daemon = Arc::new(Daemon::start());
-    *shared = Arc::downgrade(&daemon);
-    Some(daemon)
-}
-
-impl Daemon {
-    fn start() -> Self {
-        let dir = tempfile::TempDir::with_prefix("cloison-e2e-docker-").unwrap();
-        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        let install = Command::new(dist().join("cloison"))
-            .args(["install", "docker", "--config", &at("daemon.json")])
-            .output()
-            .unwrap();
-        succeed(&install);
-        let script =
-            "ip link set lo up && mount -o remount,rw /proc/sys 2>/dev/null; exec dockerd \"$@\"";
-        let log = fs::File::create(dir.path().join("log")).unwrap();
-        let process = Command::new("unshare")
-            .env("CLOISON_DATA_DIR", data())
-            .args(["--net", "--mount", "sh", "-c", script, "dockerd"])
-            .args([
-                "--config-file",
-                &at("daemon.json"),
-                "--data-root",
-                &at("data"),
-            ])
-            .args(["--exec-root", &at("exec"), "--pidfile", &at("pid")])
-            .args(["-H", &format!("unix://{}", at("sock"))])
-            .args(["--cgroup-parent", &format!("/{}", name_of(dir.path()))])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let daemon = Self { dir, process };
-        daemon.await_ready();
-        let tar = daemon.dir.path().join("image.tar");
-        let root = daemon.dir.path().join("rootfs");
-        rootfs(&root);
-        image_tar(&root, &tar);
-        succeed(&daemon.docker(&["import", tar.to_str().unwrap(), "busybox"]));
-        daemon
-    }
-
-    /// dockerd says in its log when it answers.
-    fn await_ready(&self) {
-        let log = self.dir.path().join("log");
-        let mut follow = Command::new("tail")
-            .args(["-n", "+1", "-f", log.to_str().unwrap()])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = std::io::BufRead::lines(std::io::BufReader::new(follow.stdout.take().unwrap()));
-        let ready = lines
-            .map_while(Result::ok)
-            .find(|line| line.contains("API listen on") || line.contains("failed to start daemon"));
-        follow.kill().unwrap();
-        follow.wait().unwrap();
-        let ready = ready.unwrap();
-        assert!(ready.contains("API listen on"), "{ready}");
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("/usr/bin/docker");
-        command
-            .arg("-H")
-            .arg(format!("unix://{}", self.dir.path().join("sock").display()))
-            .args(args)
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn docker(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
-    }
-
-    /// `docker run --rm --runtime cloison OPTIONS busybox COMMAND`.
-    fn run(&self, options: &[&str], command: &[&str]) -> Output {
-        let all = ["run", "--rm", "--runtime", "cloison"];
-        let all: Vec<&str> = [&all, options, &["busybox"], command].concat();
-        self.docker(&all)
-    }
-
-    fn shell(&self, options: &[&str], script: &str) -> String {
-        succeed(&self.run(options, &["sh", "-c", script]))
-    }
-
-    /// A container in the background.
-    fn detached(&self, name: &str, options: &[&str], script: &str) {
-        let all = ["run", "-d", "--runtime", "cloison", "--name", name];
-        let all: Vec<&str> = [&all, options, &["busybox", "sh", "-c", script]].concat();
-        succeed(&self.docker(&all));
-    }
-
-    fn inspect(&self, name: &str, field: &str) -> String {
-        let format = format!("{{{{{field}}}}}");
-        succeed(&self.docker(&["inspect", "-f", &format, name]))
-            .trim()
-            .to_owned()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let left = text(&self.docker(&["ps", "-aq"]).stdout);
-        for id in left.lines() {
-            self.docker(&["rm", "-f", id]);
-        }
-        let states = self.dir.path().join("exec/runtime-runc/moby/sandboxes");
-        let sandboxes = fs::read_dir(states).map_or(0, |entries| entries.count());
-        let name = name_of(self.dir.path());
-        // SAFETY: kill(2) takes two integers, and the process is our child.
-        unsafe { libc::kill(i32::try_from(self.process.id()).unwrap(), libc::SIGTERM) };
-        self.process.wait().unwrap();
-        let cgroups = children(&name);
-        remove_cgroups(&name);
-        if !std::thread::panicking() {
-            assert_eq!(left, "", "containers are left");
-            assert_eq!(sandboxes, 0, "sandboxes are left");
-            assert_eq!(cgroups, Vec::<PathBuf>::new());
-            assert_eq!(processes(&name), Vec::<String>::new());
-        }
-    }
-}
-
-fn name_of(dir: &Path) -> String {
-    dir.file_name().unwrap().to_str().unwrap().to_owned()
-}
-
-fn hierarchies() -> Vec<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let inner = fs::read_dir(root)
-        .unwrap()
-        .flatten()
-        .map(|entry| entry.path());
-    inner.chain([root.to_owned()]).collect()
-}
-
-/// Cgroups of containers, which are below the daemon's parent.
-fn children(parent: &str) -> Vec<PathBuf> {
-    let below = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
-    let all = hierarchies()
-        .into_iter()
-        .flat_map(|h| below(h.join(parent)));
-    all.map(|entry| entry.path())
-        .filter(|path| path.is_dir())
-        .collect()
-}
-
-fn remove_cgroups(parent: &str) {
-    for path in children(parent) {
-        let _ = fs::remove_dir(path);
-    }
-    for hierarchy in hierarchies() {
-        let _ = fs::remove_dir(hierarchy.join(parent));
-    }
-}
-
-/// Command lines that name the daemon's directory.
-fn processes(name: &str) -> Vec<String> {
-    let all = fs::read_dir("/proc").unwrap().flatten();
-    let lines = all.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-    let lines = lines.map(|line| text(&line).replace('\0', " "));
-    lines.filter(|line| line.contains(name)).collect()
-}
 
 #[test]
 fn a_container_runs_in_a_vm_with_its_status_streams_and_address() {
-    let Some(docker) = daemon() else { return };
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert_ne!(docker.shell(&["--network", "none"], "uname -r"), host);
     let output = docker.run(
@@ -224,7 +41,9 @@ fn a_container_runs_in_a_vm_with_its_status_streams_and_address() {
 
 #[test]
 fn what_cannot_be_executed_has_dockers_statuses() {
-    let Some(docker) = daemon() else { return };
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
     let status = |command: &str| docker.run(&["--network", "none"], &[command]).status.code();
     assert_eq!(status("nonsense"), Some(127));
     assert_eq!(status("/etc/passwd"), Some(126));
@@ -232,7 +51,9 @@ fn what_cannot_be_executed_has_dockers_statuses() {
 
 #[test]
 fn a_container_in_the_background_is_looked_at_changed_and_stopped() {
-    let Some(docker) = daemon() else { return };
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
     let script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done";
     docker.detached(
         "life",
@@ -271,28 +92,11 @@ fn a_container_in_the_background_is_looked_at_changed_and_stopped() {
         succeed(&exec("cat /sys/fs/cgroup/memory.max")),
         "62914560\n"
     );
-    let file = docker.dir.path().join("file");
+    let file = docker.path("file");
     fs::write(&file, "copied\n").unwrap();
     succeed(&docker.docker(&["cp", file.to_str().unwrap(), "life:/tmp/file"]));
     assert_eq!(succeed(&exec("cat /tmp/file")), "copied\n");
-    let healthy = [
-        "events",
-        "--since",
-        "1m",
-        "--filter",
-        "event=health_status: healthy",
-        "--format",
-        "{{.Status}}",
-    ];
-    let mut events = docker
-        .command(&healthy)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut byte = [0];
-    std::io::Read::read_exact(events.stdout.as_mut().unwrap(), &mut byte).unwrap();
-    events.kill().unwrap();
-    events.wait().unwrap();
+    docker.until_events(1, &["event=health_status: healthy", "container=life"]);
     succeed(&docker.docker(&["stop", "life"]));
     assert_eq!(docker.inspect("life", ".State.ExitCode"), "4");
     assert_eq!(succeed(&docker.docker(&["logs", "life"])), "up\nbye\n");
@@ -311,8 +115,10 @@ fn a_container_in_the_background_is_looked_at_changed_and_stopped() {
 
 #[test]
 fn options_of_processes_and_mounts_hold() {
-    let Some(docker) = daemon() else { return };
-    let dir = docker.dir.path().join("volume");
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let dir = docker.path("volume");
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("file"), "from the host\n").unwrap();
     let (bind, mount) = (
@@ -369,7 +175,9 @@ fn options_of_processes_and_mounts_hold() {
 
 #[test]
 fn a_container_that_takes_too_much_memory_is_said_to_have() {
-    let Some(docker) = daemon() else { return };
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
     let args = [
         "run",
         "--name",
@@ -391,7 +199,9 @@ fn a_container_that_takes_too_much_memory_is_said_to_have() {
 
 #[test]
 fn a_person_works_at_a_terminal_in_a_container_and_in_an_exec() {
-    let Some(docker) = daemon() else { return };
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
     let args = [
         "run",
         "-it",

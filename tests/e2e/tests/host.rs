@@ -74,6 +74,11 @@ pub fn data() -> PathBuf {
     variable("CLOISON_TEST_DATA")
 }
 
+/// A root file system made by `tests/trees`.
+pub fn tree(name: &str) -> PathBuf {
+    variable("CLOISON_TEST_TREES").join(name)
+}
+
 /// The directory of the built product.
 pub fn dist() -> PathBuf {
     variable("CLOISON_DIST")

@@ -9,6 +9,7 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod dockerd;
 mod host;
 mod pty;
 mod world;
@@ -18,6 +19,10 @@ mod containerd;
 mod debian;
 mod detached;
 mod docker;
+mod docker_build;
+mod docker_faults;
+mod docker_newer;
+mod docker_services;
 mod engine;
 mod exec;
 mod faults;
