@@ -85,10 +85,16 @@ fn reserve_range(size: usize) -> io::Result<MmapRegion> {
     let aligned = unsafe { start.add(offset) };
     // SAFETY: the range is ours alone and nobody refers to it yet; the advice changes no content.
     unsafe { madvise(aligned, size, MmapAdvise::MADV_DONTFORK) }?;
-    // What a guest starts from is a few pages in the first two MiB, of which it has little use afterwards. A kernel without huge
-    // pages refuses the advice, and does not need it.
-    // SAFETY: as above, for a part of the range.
-    let _ = unsafe { madvise(aligned, size.min(HUGE_PAGE), MmapAdvise::MADV_NOHUGEPAGE) };
+    // Huge pages, where the host offers them to those who ask. But what a guest starts from is a few pages in the first two MiB, of
+    // which it has little use afterwards. A kernel without huge pages refuses the advice, and does not need it.
+    let advice = [
+        (size, MmapAdvise::MADV_HUGEPAGE),
+        (size.min(HUGE_PAGE), MmapAdvise::MADV_NOHUGEPAGE),
+    ];
+    for (length, advice) in advice {
+        // SAFETY: as above, for the range or its beginning.
+        let _ = unsafe { madvise(aligned, length, advice) };
+    }
     let (protection, flags) = (protection.bits(), flags.bits() | libc::MAP_ANONYMOUS);
     // SAFETY: `size` bytes from `aligned` on are mapped readable and writable, and stay so to the end of the process.
     unsafe { MmapRegion::build_raw(aligned.as_ptr().cast(), size, protection, flags) }
