@@ -63,6 +63,22 @@ impl VmSize {
             vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
         })
     }
+
+    /// No larger than the host's memory. A container may have a limit above that, which it will not reach; a guest would spend its boot on
+    /// describing memory that nobody can give it.
+    pub fn within_the_host(self) -> Self {
+        // Without an answer there is nothing to go by.
+        let host = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
+        self.within(host)
+    }
+
+    fn within(self, host: u64) -> Self {
+        let host = u32::try_from(host >> 20).unwrap_or(u32::MAX);
+        Self {
+            memory_mib: self.memory_mib.min(host),
+            ..self
+        }
+    }
 }
 
 #[cfg(test)]
@@ -80,5 +96,14 @@ mod tests {
             Err(LimitError::TooSmall(1 << 20))
         );
         assert_eq!(size(Some(u64::MAX), None), Err(LimitError::TooLarge));
+    }
+
+    #[test]
+    fn a_vm_is_no_larger_than_its_host() {
+        let size = VmSize::for_limits(Some(900 << 30), Some(2000)).unwrap();
+        let within = |host| size.within(host).memory_mib;
+        assert_eq!(within(8 << 30), 8 << 10);
+        assert_eq!(within(u64::MAX), size.memory_mib);
+        assert_eq!(size.within(8 << 30).vcpus, 2);
     }
 }

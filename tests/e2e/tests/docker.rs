@@ -238,3 +238,34 @@ fn a_person_works_at_a_terminal_in_a_container_and_in_an_exec() {
     assert_eq!(terminal.child.wait().unwrap().code(), Some(3));
     succeed(&docker.docker(&["rm", "tty"]));
 }
+
+#[test]
+fn twenty_containers_are_started_at_once() {
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let args = ["run", "--rm", "--runtime", "cloison", "busybox"];
+    let start = |number: usize| {
+        let mut command = docker.command(&args);
+        command.args([
+            "sh",
+            "-c",
+            &format!("ip -o -4 addr show eth0 | wc -l; exit {number}"),
+        ]);
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let all: Vec<_> = (1..=20).map(start).collect();
+    for (number, one) in (1..).zip(all) {
+        let output = one.wait_with_output().unwrap();
+        let (said, why) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(
+            (output.status.code(), said.as_str()),
+            (Some(number), "1\n"),
+            "{why}"
+        );
+    }
+}

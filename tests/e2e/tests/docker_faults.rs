@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Stdio;
 
 use serde_json::json;
@@ -149,43 +150,65 @@ fn a_container_whose_containerd_is_killed_can_be_removed() {
     remove(&docker, "orphan", &id);
 }
 
-#[test]
-fn a_guest_whose_kernel_panics_is_a_container_that_failed_with_its_last_words() {
-    let dir = tempfile::TempDir::with_prefix("cloison-e2e-panic-").unwrap();
-    // An initial ramfs without an init is the surest way.
-    let (empty, runtime) = (dir.path().join("initramfs"), dir.path().join("runtime"));
-    fs::write(&empty, [0u8; 512]).unwrap();
+/// A daemon whose runtime "broken" is cloison's after these lines of a shell, and the directory that holds it.
+fn broken(lines: impl Fn(&Path) -> String) -> Option<(Daemon, tempfile::TempDir)> {
+    let dir = tempfile::TempDir::with_prefix("cloison-e2e-broken-").unwrap();
+    let (runtime, cloison) = (dir.path().join("runtime"), dist().join("cloison-runtime"));
     let script = format!(
-        "#!/bin/sh\nCLOISON_INITRAMFS={} exec {} \"$@\"\n",
-        empty.display(),
-        dist().join("cloison-runtime").display()
+        "#!/bin/sh\n{}\nexec {} \"$@\"\n",
+        lines(dir.path()),
+        cloison.display()
     );
     fs::write(&runtime, script).unwrap();
     fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
-    let config = json!({ "runtimes": { "panicking": { "path": runtime } } });
-    let Some(docker) = Daemon::own(Release::Host, config) else {
-        return;
-    };
-    let options = ["run", "--name", "panic", "--runtime", "panicking"];
+    let config = json!({ "runtimes": { "broken": { "path": runtime } } });
+    Some((Daemon::own(Release::Host, config)?, dir))
+}
+
+/// Runs a container that is not to come into being, and gives what is said of it.
+fn refused(docker: &Daemon) -> String {
+    let options = ["run", "--name", "refused", "--runtime", "broken"];
     let output = docker.docker(&[&options[..], &["busybox", "true"]].concat());
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{said}");
+    assert_ne!(docker.inspect("refused", ".State.ExitCode"), "0");
+    remove(docker, "refused", &docker.inspect("refused", ".Id"));
+    said
+}
+
+#[test]
+fn a_guest_whose_kernel_panics_is_a_container_that_failed_with_its_last_words() {
+    // An initial ramfs without an init is the surest way.
+    let lines = |dir: &Path| {
+        let empty = dir.join("initramfs");
+        fs::write(&empty, [0u8; 512]).unwrap();
+        format!("export CLOISON_INITRAMFS={}", empty.display())
+    };
+    let Some((docker, _dir)) = broken(lines) else {
+        return;
+    };
+    let said = refused(&docker);
     assert!(
         said.contains("kernel panicked") && said.contains("VFS"),
         "{said}"
     );
-    let id = docker.inspect("panic", ".Id");
-    assert_ne!(docker.inspect("panic", ".State.ExitCode"), "0");
-    remove(&docker, "panic", &id);
 }
 
 #[test]
 fn a_host_that_cannot_give_a_vm_its_memory_says_so() {
+    let Some((docker, _dir)) = broken(|_| "ulimit -v 900000".into()) else {
+        return;
+    };
+    let said = refused(&docker);
+    assert!(said.contains("Cannot allocate memory"), "{said}");
+}
+
+#[test]
+fn a_container_may_have_a_limit_above_the_hosts_memory() {
     let Some(docker) = Daemon::shared() else {
         return;
     };
-    let output = docker.run(&["--network", "none", "-m", "4096g"], &["true"]);
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(125), "{said}");
-    assert!(said.contains("memory"), "{said}");
+    let options = ["--network", "none", "-m", "4096g"];
+    let limit = docker.shell(&options, "cat /sys/fs/cgroup/memory.max");
+    assert_eq!(limit, format!("{}\n", 4096u64 << 30));
 }

@@ -100,7 +100,8 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
     let size = VmSize::for_limits(
         args.memory.map(|Bytes(limit)| limit),
         args.cpus.map(|cpus| cpus.0),
-    )?;
+    )?
+    .within_the_host();
     let Chosen {
         engine,
         reason,

@@ -160,7 +160,8 @@ fn size(resources: &LinuxResources) -> Result<VmSize> {
         .and_then(|memory| memory.limit());
     let memory = memory.and_then(|limit| u64::try_from(limit).ok());
     let cpus = resources.cpu().as_ref().and_then(milli_cpus);
-    Ok(VmSize::for_limits(memory.filter(|limit| *limit > 0), cpus)?)
+    let size = VmSize::for_limits(memory.filter(|limit| *limit > 0), cpus)?;
+    Ok(size.within_the_host())
 }
 
 /// How many thousandths of a CPU a quota is; `None` without one.
