@@ -23,6 +23,7 @@ mod report;
 pub mod server;
 mod service;
 mod slots;
+mod sockets;
 mod spawn;
 mod spec;
 mod stdio;

@@ -3,11 +3,13 @@
 //! then it exits with the init's status. The VM ends with it, however it ends.
 
 use std::convert::Infallible;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use cloison_agent_api::agent::TtySize;
+use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
     Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Running, Sandbox,
@@ -22,7 +24,7 @@ use crate::container::{Container, Record, Status};
 use crate::fork::take_stdio;
 use crate::log::Log;
 use crate::standin::{self, Sizes};
-use crate::translate::Plan;
+use crate::translate::{Plan, Socket};
 use crate::{hooks, runtime};
 
 /// Status of a container whose VM was lost: nobody knows its own.
@@ -62,6 +64,7 @@ struct Ready {
     streams: Streams,
     sizes: Sizes,
     first_size: Option<TtySize>,
+    sockets: Vec<HostSocket>,
     hooks: Option<Vec<Hook>>,
     log: Log,
 }
@@ -124,6 +127,13 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         .iter()
         .map(|bind| shared.add_mount(&bind.source, bind.options))
         .collect();
+    let sockets: Result<Vec<_>> = job
+        .plan
+        .sockets
+        .iter()
+        .map(|socket| offer(&sandbox, socket))
+        .collect();
+    let sockets = sockets?;
     let hooks = job.plan.hooks.create_container().clone();
     let spec = job
         .plan
@@ -136,6 +146,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         streams,
         sizes,
         first_size,
+        sockets,
         hooks,
         log: job.log.clone(),
     };
@@ -226,7 +237,7 @@ impl Ready {
         let stdio = wiring.stdio.clone();
         let size = self.sizes.size().or(self.first_size.clone());
         agent
-            .create(&self.id, &self.spec, stdio, size)
+            .create(&self.id, &self.spec, stdio, size, self.sockets.clone())
             .await
             .map_err(Error::from)?;
         channel.tell(&Report::Made).await
@@ -249,6 +260,20 @@ impl Ready {
         };
         Ok(standin::wait(&attached, wiring, signals).await?)
     }
+}
+
+/// Lets the guest reach a socket of the host, under the permissions that it has there.
+fn offer(sandbox: &Sandbox, socket: &Socket) -> Result<HostSocket> {
+    let found = fs::metadata(&socket.source)
+        .with_context(|| format!("cannot find the socket {}", socket.source.display()))?;
+    Ok(HostSocket {
+        mount: u32::try_from(socket.mount)?,
+        port: sandbox.offer(&socket.source)?,
+        mode: found.mode() & 0o777,
+        uid: found.uid(),
+        gid: found.gid(),
+        ..HostSocket::default()
+    })
 }
 
 /// A lost agent is most often a VM that has ended, which says more.

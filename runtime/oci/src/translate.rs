@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{HostLimits, VmSize};
 use cloison_vmm::EngineChoice;
-use oci_spec::runtime::{Hooks, HooksBuilder, Process, Spec};
+use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
 
 use crate::network::Network;
 
 pub use linux::{bytes, update};
-pub use mounts::Bind;
+pub use mounts::{Bind, Socket};
 
 /// The annotation that chooses the engine.
 const ENGINE_ANNOTATION: &str = "io.cloison.engine";
@@ -31,6 +31,8 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// What the host shows the guest, in the order of the mounts that use it.
     pub binds: Vec<Bind>,
+    /// Sockets of the host that the guest may connect to.
+    pub sockets: Vec<Socket>,
     /// The VM's size.
     pub size: VmSize,
     /// The network namespace of the VM.
@@ -90,7 +92,13 @@ impl Plan {
             cgroup,
         } = linux::adapt(id, linux, &mut notes)?;
         let mounts = spec.mounts().clone().unwrap_or_default();
-        let (mounts, binds) = mounts::adapt(mounts, bundle, &rootfs)?;
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let has_users = namespaces.any(|n| n.typ() == LinuxNamespaceType::User);
+        let mounts::Adapted {
+            mounts,
+            binds,
+            sockets,
+        } = mounts::adapt(mounts, bundle, &rootfs, has_users, &mut notes)?;
         let (host, guest) = split_hooks(spec.hooks().clone().unwrap_or_default())?;
         spec.set_process(Some(process))
             .set_linux(Some(linux))
@@ -100,6 +108,7 @@ impl Plan {
             guest: spec,
             rootfs,
             binds,
+            sockets,
             size,
             network,
             host_limits,
@@ -177,14 +186,6 @@ pub fn adapt_process(process: &mut Process, notes: &mut Vec<String>) -> Result<(
         ));
     }
     process.set_selinux_label(None);
-    if process.io_priority().is_some() {
-        bail!(
-            "config.json: process.ioPriority is not supported: the guest's disks are the host's files"
-        );
-    }
-    if process.scheduler().is_some() {
-        bail!("config.json: process.scheduler is not supported");
-    }
     if process.exec_cpu_affinity().is_some() {
         bail!(
             "config.json: process.execCPUAffinity is not supported: a guest's CPUs are not the host's"
