@@ -12,10 +12,10 @@ TARGET := x86_64-unknown-linux-gnu
 STATIC := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
 LINKS := cloison-runtime containerd-shim-cloison-v2
 
-.PHONY: help setup setup-run setup-test build cloison kernel initramfs demo test lint bench fuzz install uninstall clean
+.PHONY: help setup setup-run setup-test build cloison kernel initramfs demo test lint bench conformance fuzz install uninstall clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup:
 	@packaging/setup build
@@ -53,6 +53,9 @@ lint: setup ## Check formatting, lints and licences
 
 bench: setup-test build ## Measure what docs/benchmarks.md states
 	@tests/bench/run
+
+conformance: setup-test build ## Run the OCI runtime validation suite
+	@tests/conformance/run
 
 fuzz: setup ## Fuzz each target for a minute (FUZZ_SECONDS)
 	@tests/fuzz/run

@@ -20,6 +20,7 @@ use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::process::{Outcome, Process, send};
 use crate::reaper::Reaper;
 use crate::report::{Create, Exec, Request, Update};
+use crate::sockets::Sockets;
 use crate::spawn::{self, Reports};
 use crate::spec::{self, ContainerSpec, Defaults};
 use crate::stdio::{self, Ports, Stdio, Streams};
@@ -87,6 +88,8 @@ pub struct Container {
     /// Held by verbs that change the phase, for as long as they take.
     changing: tokio::sync::Mutex<()>,
     execs: Mutex<Execs>,
+    /// Served for as long as there is the container.
+    _sockets: Sockets,
 }
 
 #[derive(Default)]
@@ -111,7 +114,12 @@ fn state(id: &ContainerId) -> PathBuf {
 
 impl Container {
     /// A container that is about to be created from `spec`.
-    pub fn new(id: ContainerId, spec: &ContainerSpec, shared: Arc<Shared>) -> Self {
+    pub fn new(
+        id: ContainerId,
+        spec: &ContainerSpec,
+        sockets: Sockets,
+        shared: Arc<Shared>,
+    ) -> Self {
         Self {
             id,
             cgroup: Arc::new(Cgroup::new(spec.cgroup.clone())),
@@ -120,6 +128,7 @@ impl Container {
             phase: Mutex::new(Phase::Creating),
             changing: tokio::sync::Mutex::new(()),
             execs: Mutex::default(),
+            _sockets: sockets,
         }
     }
 

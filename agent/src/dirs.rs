@@ -6,6 +6,8 @@ pub const STATE: &str = "/run/cloison/state";
 pub const BUNDLES: &str = "/run/cloison/bundle";
 /// Sockets through which a container's terminal arrives.
 pub const CONSOLES: &str = "/run/cloison/console";
+/// Sockets that stand for the host's.
+pub const SOCKETS: &str = "/run/cloison/socket";
 /// The cgroup v2 hierarchy.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// cgroup of a container whose spec names none: a child of this one.

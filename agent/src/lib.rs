@@ -24,6 +24,7 @@ mod resolver;
 pub mod server;
 mod service;
 mod slots;
+mod sockets;
 mod spawn;
 mod spec;
 mod stdio;

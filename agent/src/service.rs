@@ -31,6 +31,7 @@ use crate::interfaces::{self, Interfaces};
 use crate::random;
 use crate::resolver::Resolver;
 use crate::slots;
+use crate::sockets::Sockets;
 use crate::spec;
 use crate::stdio::{self, Ports};
 
@@ -103,8 +104,10 @@ impl Service {
     async fn create(self, request: CreateContainerRequest) -> Result<ProcessResponse> {
         let id = container_id(&request.container_id)?;
         let window = window(request.tty_size.as_ref())?;
-        let spec = spec::container(&id, &request.spec, window)?;
-        let container = Arc::new(Container::new(id.clone(), &spec, Arc::clone(&self.shared)));
+        let (sockets, spec) = Sockets::open(&request.sockets, &request.spec, &self.shared)?;
+        let spec = spec::container(&id, &spec, window)?;
+        let shared = Arc::clone(&self.shared);
+        let container = Arc::new(Container::new(id.clone(), &spec, sockets, shared));
         self.add(&id, &container)?;
         let created = container.create(spec, ports(request.stdio.as_ref())).await;
         if created.is_err() {

@@ -13,6 +13,7 @@
 //! - needs the working directory to exist,
 //! - leaves stdio and terminal owned by root,
 //! - leaves an exec outside the container's user namespace,
+//! - passes the propagation of a mount to the mount(2) that makes it, which ignores it,
 //! - looks names up through the C library, which in a static program loads the container's own NSS modules.
 
 use std::collections::HashMap;
@@ -174,6 +175,7 @@ pub fn container(
     let (process, mut workload) = split(process, &defaults, window)?;
     workload.make_cwd = true;
     workload.new_network = new_network;
+    workload.propagation = propagation(&spec);
     spec.set_process(Some(process)).set_linux(Some(linux));
     Ok(ContainerSpec {
         config: encode(&spec)?,
@@ -277,6 +279,7 @@ fn split(
         terminal,
         user_namespace_of: None,
         new_network: false,
+        propagation: Vec::new(),
     };
 
     let mut root = User::default();
@@ -302,6 +305,24 @@ fn split(
         .set_oom_score_adj(oom_score_adj)
         .set_apparmor_profile(apparmor);
     Ok((process, workload))
+}
+
+/// The mounts that are to be shared or unbindable. Others are private to the container anyhow, so that there is nothing to be slave of.
+fn propagation(spec: &Spec) -> Vec<(PathBuf, u64)> {
+    let mounts = spec.mounts().iter().flatten();
+    let words = mounts.flat_map(|mount| {
+        let options = mount.options().iter().flatten();
+        options.map(|option| (mount.destination(), option.as_str()))
+    });
+    let flags = |word| match word {
+        "shared" => Some(libc::MS_SHARED),
+        "rshared" => Some(libc::MS_SHARED | libc::MS_REC),
+        "unbindable" => Some(libc::MS_UNBINDABLE),
+        "runbindable" => Some(libc::MS_UNBINDABLE | libc::MS_REC),
+        _ => None,
+    };
+    let known = words.filter_map(|(place, word)| Some((place.clone(), flags(word)?)));
+    known.collect()
 }
 
 /// Hooks of the runtime's namespace are the host's to run: their paths mean files there.

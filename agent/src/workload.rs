@@ -29,6 +29,8 @@ pub struct Workload {
     pub user_namespace_of: Option<i32>,
     /// The process is in a network namespace of its own, whose loopback interface nobody else brings up.
     pub new_network: bool,
+    /// Mounts of the container whose propagation the spec says, and mount(2)'s flags for that.
+    pub propagation: Vec<(PathBuf, u64)>,
 }
 
 /// The terminal of a process.

@@ -18,6 +18,7 @@ use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
@@ -69,6 +70,15 @@ impl Finish {
         let w = &self.workload;
         if w.new_network {
             sys::loopback_up().map_err(|e| internal("bringing up the loopback interface", e))?;
+        }
+        for (place, flags) in &w.propagation {
+            let flags = MsFlags::from_bits_truncate(*flags);
+            mount(None::<&str>, place, None::<&str>, flags, None::<&str>).map_err(|e| {
+                internal(
+                    &format!("setting the propagation of {}", place.display()),
+                    e,
+                )
+            })?;
         }
         if let Some(terminal) = &w.terminal {
             set_terminal(terminal).map_err(|e| internal("setting up the terminal", e))?;

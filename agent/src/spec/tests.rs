@@ -287,3 +287,21 @@ fn resources_that_cgroup_v2_cannot_give_are_refused() {
         assert!(matches!(resources(json), Err(Error::Invalid { .. })));
     }
 }
+
+#[test]
+fn the_propagation_of_mounts_is_the_last_steps_business() {
+    let mount = |options: Value| json!([{"destination": "/m", "type": "bind", "source": "/s", "options": options}]);
+    let of = |options| {
+        parse(&with("", "mounts", mount(options)))
+            .unwrap()
+            .workload
+            .propagation
+    };
+    let place = PathBuf::from("/m");
+    assert_eq!(
+        of(json!(["rbind", "rshared"])),
+        [(place.clone(), libc::MS_SHARED | libc::MS_REC)]
+    );
+    assert_eq!(of(json!(["unbindable"])), [(place, libc::MS_UNBINDABLE)]);
+    assert_eq!(of(json!(["rbind", "rprivate", "rslave", "ro"])), []);
+}

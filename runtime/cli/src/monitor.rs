@@ -189,7 +189,9 @@ impl Monitor {
             let up = monotonic();
             let size = tty.then(terminal::size).flatten();
             let created = async {
-                let created = agent.create(id.as_str(), &spec, stdio, size).await;
+                let created = agent
+                    .create(id.as_str(), &spec, stdio, size, Vec::new())
+                    .await;
                 created.map_err(anyhow::Error::from)
             };
             let settled = async {

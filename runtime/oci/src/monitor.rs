@@ -4,12 +4,13 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use cloison_agent_api::TEMPLATE_NIC_SLOTS;
-use cloison_agent_api::agent::TtySize;
+use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
     Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Resolver, Running,
@@ -25,7 +26,7 @@ use crate::fork::take_stdio;
 use crate::log::Log;
 use crate::rendezvous::Rendezvous;
 use crate::standin::{self, Sizes};
-use crate::translate::Plan;
+use crate::translate::{Plan, Socket};
 use crate::{hooks, runtime};
 
 /// Status of a container whose VM was lost: nobody knows its own.
@@ -68,6 +69,7 @@ struct Ready {
     streams: Streams,
     sizes: Sizes,
     first_size: Option<TtySize>,
+    sockets: Vec<HostSocket>,
     hooks: Option<Vec<Hook>>,
     resolv_conf: Option<PathBuf>,
     log: Log,
@@ -131,6 +133,13 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         .iter()
         .map(|bind| shared.add_mount(&bind.source, bind.options))
         .collect();
+    let sockets: Result<Vec<_>> = job
+        .plan
+        .sockets
+        .iter()
+        .map(|socket| offer(&sandbox, socket))
+        .collect();
+    let sockets = sockets?;
     let hooks = job.plan.hooks.create_container().clone();
     let resolv_conf = job.plan.resolv_conf.clone();
     let spec = job
@@ -144,6 +153,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         streams,
         sizes,
         first_size,
+        sockets,
         hooks,
         resolv_conf,
         log: job.log.clone(),
@@ -239,7 +249,7 @@ impl Ready {
         let stdio = wiring.stdio.clone();
         let size = self.sizes.size().or(self.first_size.clone());
         agent
-            .create(&self.id, &self.spec, stdio, size)
+            .create(&self.id, &self.spec, stdio, size, self.sockets.clone())
             .await
             .map_err(Error::from)?;
         channel.tell(&Report::Made).await
@@ -324,6 +334,20 @@ fn spare_nics(early: usize) -> u8 {
     let room = VmSpec::MAX_NICS.saturating_sub(early);
     let spare = NICS.saturating_sub(early).max(1).min(room);
     u8::try_from(spare).unwrap_or(0)
+}
+
+/// Lets the guest reach a socket of the host, under the permissions that it has there.
+fn offer(sandbox: &Sandbox, socket: &Socket) -> Result<HostSocket> {
+    let found = fs::metadata(&socket.source)
+        .with_context(|| format!("cannot find the socket {}", socket.source.display()))?;
+    Ok(HostSocket {
+        mount: u32::try_from(socket.mount)?,
+        port: sandbox.offer(&socket.source)?,
+        mode: found.mode() & 0o777,
+        uid: found.uid(),
+        gid: found.gid(),
+        ..HostSocket::default()
+    })
 }
 
 /// A lost agent is most often a VM that has ended, which says more.

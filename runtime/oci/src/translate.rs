@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{HostLimits, VmSize};
 use cloison_vmm::EngineChoice;
-use oci_spec::runtime::{Hooks, HooksBuilder, Process, Spec};
+use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
 
 use crate::network::Network;
 
 pub use linux::{bytes, update};
-pub use mounts::Bind;
+pub use mounts::{Bind, Socket};
 
 /// The annotation that chooses the engine.
 const ENGINE_ANNOTATION: &str = "io.cloison.engine";
@@ -33,6 +33,8 @@ pub struct Plan {
     pub binds: Vec<Bind>,
     /// The file of the host that is the container's resolv.conf, if it is one.
     pub resolv_conf: Option<PathBuf>,
+    /// Sockets of the host that the guest may connect to.
+    pub sockets: Vec<Socket>,
     /// The VM's size.
     pub size: VmSize,
     /// The network namespace of the VM.
@@ -92,7 +94,13 @@ impl Plan {
             cgroup,
         } = linux::adapt(id, linux, &mut notes)?;
         let mounts = spec.mounts().clone().unwrap_or_default();
-        let (mounts, binds) = mounts::adapt(mounts, bundle, &rootfs)?;
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let has_users = namespaces.any(|n| n.typ() == LinuxNamespaceType::User);
+        let mounts::Adapted {
+            mounts,
+            binds,
+            sockets,
+        } = mounts::adapt(mounts, bundle, &rootfs, has_users, &mut notes)?;
         let is_resolv_conf =
             |bind: &&Bind| mounts[bind.mount].destination() == Path::new("/etc/resolv.conf");
         let resolv_conf = binds.iter().find(is_resolv_conf);
@@ -107,6 +115,7 @@ impl Plan {
             rootfs,
             binds,
             resolv_conf,
+            sockets,
             size,
             network,
             host_limits,
@@ -184,14 +193,6 @@ pub fn adapt_process(process: &mut Process, notes: &mut Vec<String>) -> Result<(
         ));
     }
     process.set_selinux_label(None);
-    if process.io_priority().is_some() {
-        bail!(
-            "config.json: process.ioPriority is not supported: the guest's disks are the host's files"
-        );
-    }
-    if process.scheduler().is_some() {
-        bail!("config.json: process.scheduler is not supported");
-    }
     if process.exec_cpu_affinity().is_some() {
         bail!(
             "config.json: process.execCPUAffinity is not supported: a guest's CPUs are not the host's"

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cloison_agent_api::PROTOCOL;
-use cloison_agent_api::agent::{self as api, Stdio, TtySize};
+use cloison_agent_api::agent::{self as api, HostSocket, Stdio, TtySize};
 use cloison_agent_api::agent_ttrpc::AgentClient;
 use cloison_vmm::MacAddress;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
@@ -207,7 +207,8 @@ impl Agent {
         })
     }
 
-    /// Creates a container and its init, which waits for [`Agent::start`]. Paths in `spec` are the guest's.
+    /// Creates a container and its init, which waits for [`Agent::start`]. Paths in `spec` are the guest's, but for the sources of
+    /// the mounts that `sockets` are for.
     ///
     /// # Errors
     /// [`AgentError`].
@@ -217,6 +218,7 @@ impl Agent {
         spec: &Spec,
         stdio: Stdio,
         tty: Option<TtySize>,
+        sockets: Vec<HostSocket>,
     ) -> Result<(), AgentError> {
         let what = CREATE;
         let request = api::CreateContainerRequest {
@@ -224,6 +226,7 @@ impl Agent {
             spec: json(what, spec)?,
             stdio: Some(stdio).into(),
             tty_size: tty.into(),
+            sockets,
             ..Default::default()
         };
         // The first call of a sandbox may be sent before the guest is up.

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use cgroups_rs::CgroupPid;
+use cgroups_rs::fs::blkio::BlkIoController;
 use cgroups_rs::fs::cgroup::Cgroup;
 use cgroups_rs::fs::cpu::CpuController;
 use cgroups_rs::fs::cpuset::CpuSetController;
@@ -49,6 +50,36 @@ pub struct HostLimits {
     pub cpus: Option<String>,
     /// Memory nodes of the host.
     pub mems: Option<String>,
+    /// Limits of block devices of the host, where the container's files are.
+    pub throttles: Vec<Throttle>,
+    /// Share of block devices beside other cgroups (10 to 1000), where the host's I/O scheduler has such.
+    pub block_weight: Option<u16>,
+}
+
+/// How much may go from or to one block device of the host in a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Throttle {
+    /// What is counted.
+    pub what: Throttled,
+    /// The device's number.
+    pub major: u64,
+    /// The device's number.
+    pub minor: u64,
+    /// Bytes or operations in a second; 0 takes the limit away.
+    pub rate: u64,
+}
+
+/// What a [`Throttle`] counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Throttled {
+    /// Bytes read.
+    ReadBytes,
+    /// Bytes written.
+    WrittenBytes,
+    /// Reads.
+    Reads,
+    /// Writes.
+    Writes,
 }
 
 impl HostCgroup {
@@ -107,6 +138,23 @@ impl HostCgroup {
         if let Some(mems) = &limits.mems {
             let set: &CpuSetController = self.controller("cpuset")?;
             set.set_mems(mems).map_err(failed())?;
+        }
+        if let Some(weight) = limits.block_weight {
+            let block: &BlkIoController = self.controller("blkio")?;
+            block.set_weight(weight.into()).map_err(failed())?;
+        }
+        for limit in &limits.throttles {
+            let block: &BlkIoController = self.controller("blkio")?;
+            let Throttle {
+                major, minor, rate, ..
+            } = *limit;
+            let set = match limit.what {
+                Throttled::ReadBytes => block.throttle_read_bps_for_device(major, minor, rate),
+                Throttled::WrittenBytes => block.throttle_write_bps_for_device(major, minor, rate),
+                Throttled::Reads => block.throttle_read_iops_for_device(major, minor, rate),
+                Throttled::Writes => block.throttle_write_iops_for_device(major, minor, rate),
+            };
+            set.map_err(failed())?;
         }
         Ok(())
     }

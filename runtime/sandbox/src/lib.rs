@@ -23,7 +23,7 @@ mod terminal;
 
 pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
 pub use attached::Attached;
-pub use cgroup::{HostCgroup, HostLimits, OOM_PROCESS_NAME, oom_main};
+pub use cgroup::{HostCgroup, HostLimits, OOM_PROCESS_NAME, Throttle, Throttled, oom_main};
 pub use error::Error;
 pub use home::Home;
 pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};
@@ -33,7 +33,7 @@ pub use mounts::{BindOptions, enter_private_namespace};
 pub use network::Network;
 pub use parts::Parts;
 pub use resolver::{Resolver, loopback_resolver};
-pub use sandbox::{Running, Sandbox};
+pub use sandbox::{MAX_SOCKETS, Running, Sandbox};
 pub use shared::Shared;
 pub use signals::{Event, Signals, UnknownSignal, signal_number};
 pub use size::{LimitError, VmSize};

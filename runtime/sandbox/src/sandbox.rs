@@ -5,6 +5,7 @@
 //! sandboxes/<id>/
 //!   control.sock  the VM process's control socket
 //!   vsock.sock    connections to the guest
+//!   vsock.sock_<port>  a socket of the host that the guest may connect to
 //!   vm.pid        the VM process, as long as control.sock accepts connections
 //!   shared/       all of the host that the guest sees
 //!   end.json      why the VM ended
@@ -30,11 +31,17 @@ use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
 use crate::{
-    Agent, AgentError, Error, Failure, Home, Id, Shared, Streams, Wiring, host, mounts, shared,
+    Agent, AgentError, BindOptions, Error, Failure, Home, Id, Shared, Streams, Wiring, host,
+    mounts, shared,
 };
 
 /// How long a VM process that was told to end may take before it is killed, milliseconds.
 const END_TIMEOUT_MS: u16 = 5_000;
+
+/// The host's vsock ports for sockets that are offered to the guest begin here. Those of an init's streams are below, of execs' far above.
+const FIRST_SOCKET_PORT: u32 = 3000;
+/// Most sockets of the host that one sandbox is offered.
+pub const MAX_SOCKETS: u32 = 64;
 
 /// How long an orderly shutdown of a guest may take before its VM is ended without.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,9 +78,10 @@ impl Sandbox {
             .mode(0o711)
             .create(&parent)
             .map_err(Error::path("create the directory", &parent))?;
-        for dir in [&sandbox.dir, &sandbox.shared()] {
+        // The root of a container with a user namespace is somebody else in the guest, who has to pass through the shared directory.
+        for (dir, mode) in [(&sandbox.dir, 0o700), (&sandbox.shared(), 0o711)] {
             fs::DirBuilder::new()
-                .mode(0o700)
+                .mode(mode)
                 .create(dir)
                 .map_err(|e| match e.kind() {
                     io::ErrorKind::AlreadyExists => Error::Exists { id: id.to_string() },
@@ -112,6 +120,24 @@ impl Sandbox {
     pub fn share(&self, container: &Id) -> Result<Shared, Error> {
         mounts::attach(&self.shared())?;
         Shared::create(&self.shared(), container)
+    }
+
+    /// Lets the guest reach a socket that listens on the host, and nothing else by this: gives the host's vsock port on which it does. The
+    /// VM process connects to the socket by itself. To be called before the VM is launched, by the process that launches it, in
+    /// a mount namespace of its own.
+    ///
+    /// # Errors
+    /// When the socket cannot be bound below the sandbox's directory, or there are [`MAX_SOCKETS`] already.
+    pub fn offer(&self, socket: &Path) -> Result<u32, Error> {
+        for port in FIRST_SOCKET_PORT..FIRST_SOCKET_PORT + MAX_SOCKETS {
+            let place = self.dir.join(format!("{VSOCK_SOCKET}_{port}"));
+            if !place.exists() {
+                mounts::bind(socket, &place, BindOptions::default())?;
+                return Ok(port);
+            }
+        }
+        let full = io::Error::other("a sandbox can be offered no more sockets");
+        Err(Error::path("offer to the guest the socket", socket)(full))
     }
 
     /// Where a container's root file system is mounted, for the processes of this sandbox.

@@ -7,6 +7,7 @@
 //! ```
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use cloison_agent_api::SHARED_DIR;
@@ -30,7 +31,10 @@ impl Shared {
     pub(crate) fn create(shared: &Path, container: &Id) -> Result<Self, Error> {
         let host = shared.join(container.as_str());
         for dir in [&host, &host.join("rootfs"), &host.join("mounts")] {
-            fs::create_dir(dir).map_err(Error::path("create the directory", dir))?;
+            fs::DirBuilder::new()
+                .mode(0o711)
+                .create(dir)
+                .map_err(Error::path("create the directory", dir))?;
         }
         Ok(Self {
             host,

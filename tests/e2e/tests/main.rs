@@ -32,6 +32,8 @@ mod limits;
 mod mounts;
 mod network;
 mod oci;
+mod oci_sockets;
+mod oci_spec;
 mod podman;
 mod process;
 mod profile;

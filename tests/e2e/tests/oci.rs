@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 use crate::host::{Host, data, dist, fail, rootfs, succeed, text};
 
 /// A bundle, the state directory that its container is in, and the runtime's log.
-struct Bundle {
-    host: Host,
+pub struct Bundle {
+    pub host: Host,
     config: Value,
 }
 
 impl Bundle {
     /// One whose process is a shell with this script.
-    fn shell(script: &str) -> Self {
+    pub fn shell(script: &str) -> Self {
         let host = Host::new();
         fs::create_dir(host.path("bundle")).unwrap();
         rootfs(&host.path("bundle/rootfs"));
@@ -38,7 +38,7 @@ impl Bundle {
         bundle
     }
 
-    fn with(mut self, change: impl FnOnce(&mut Value)) -> Self {
+    pub fn with(mut self, change: impl FnOnce(&mut Value)) -> Self {
         change(&mut self.config);
         self.write();
         self
@@ -49,27 +49,27 @@ impl Bundle {
         fs::write(self.dir().join("config.json"), text).unwrap();
     }
 
-    fn dir(&self) -> PathBuf {
+    pub fn dir(&self) -> PathBuf {
         self.host.path("bundle")
     }
 
     /// The container's cgroup, which no other test uses.
-    fn cgroup(&self) -> String {
+    pub fn cgroup(&self) -> String {
         name_of(&self.host)
     }
 
-    fn run(&self, args: &[&str]) -> Output {
+    pub fn run(&self, args: &[&str]) -> Output {
         runtime(&self.host, args)
     }
 
     /// Runs the container in the foreground.
-    fn output(&self) -> Output {
+    pub fn output(&self) -> Output {
         let dir = self.dir();
         self.run(&["run", "--bundle", dir.to_str().unwrap(), "one"])
     }
 
     /// Creates the container, its output in a file, and gives the pid that its caller gets.
-    fn create(&self) -> i32 {
+    pub fn create(&self) -> i32 {
         let (pid, out) = (self.host.path("pid"), self.host.path("out"));
         let out = File::create(out).unwrap();
         let status = command(&self.host)
@@ -83,17 +83,17 @@ impl Bundle {
         fs::read_to_string(pid).unwrap().parse().unwrap()
     }
 
-    fn create_and_start(&self) -> i32 {
+    pub fn create_and_start(&self) -> i32 {
         let pid = self.create();
         succeed(&self.run(&["start", "one"]));
         pid
     }
 
-    fn written(&self) -> String {
+    pub fn written(&self) -> String {
         fs::read_to_string(self.host.path("out")).unwrap()
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         fs::read_to_string(self.host.path("log.json")).unwrap_or_default()
     }
 

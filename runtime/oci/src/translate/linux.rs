@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{HostCgroup, HostLimits, VmSize};
+use cloison_sandbox::{HostCgroup, HostLimits, Throttle, Throttled, VmSize};
 use oci_spec::runtime::{
-    Linux, LinuxCpu, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources,
+    Linux, LinuxBlockIo, LinuxCpu, LinuxDevice, LinuxDeviceType, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
 };
 
 use crate::network::{HOSTS_NETWORK, Network};
@@ -56,11 +56,27 @@ pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Resu
             "timeOffsets",
             linux.time_offsets().as_ref().is_some_and(|t| !t.is_empty()),
         ),
-        ("personality", linux.personality().is_some()),
     ] {
         ensure!(!given, "config.json: linux.{name} is not supported");
     }
     linux.set_time_offsets(None);
+    if let Some(personality) = linux.personality() {
+        let flags = personality.flags().as_ref();
+        ensure!(
+            flags.is_none_or(|flags| flags.is_empty()),
+            "config.json: linux.personality.flags are not supported: the OCI specification knows none"
+        );
+    }
+    // All that the guest has mounted is the container's, so mounts below others follow them in any case.
+    let propagation = linux.rootfs_propagation().clone().unwrap_or_default();
+    linux.set_rootfs_propagation(match propagation.as_str() {
+        "" => None,
+        "shared" | "rshared" => Some("shared".into()),
+        "slave" | "rslave" => Some("slave".into()),
+        "private" | "rprivate" => Some("private".into()),
+        "unbindable" | "runbindable" => Some("unbindable".into()),
+        other => bail!("config.json: linux.rootfsPropagation {other:?} is not known"),
+    });
     if let Some(label) = linux.mount_label().clone().filter(|l| !l.is_empty()) {
         notes.push(format!(
             "the SELinux mount label {label:?} is not applied: SELinux is not in the guest"
@@ -207,21 +223,7 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<HostLimits> {
         resources.set_memory(Some(memory));
     }
     if let Some(block) = resources.block_io() {
-        let throttled = [block.weight_device()]
-            .into_iter()
-            .any(|d| d.as_ref().is_some_and(|d| !d.is_empty()))
-            || [
-                block.throttle_read_bps_device(),
-                block.throttle_write_bps_device(),
-                block.throttle_read_iops_device(),
-                block.throttle_write_iops_device(),
-            ]
-            .into_iter()
-            .any(|d| d.as_ref().is_some_and(|d| !d.is_empty()));
-        ensure!(
-            !throttled && block.weight().unwrap_or(0) == 0 && block.leaf_weight().unwrap_or(0) == 0,
-            "config.json: linux.resources.blockIO is not supported: the container's files are not on a disk of the guest"
-        );
+        limit_block_io(block, &mut host)?;
     }
     resources.set_block_io(None);
     ensure!(
@@ -246,6 +248,52 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<HostLimits> {
     );
     resources.set_rdma(None);
     Ok(host)
+}
+
+/// The container's files are the host's: it is the VM process that reads and writes them there.
+fn limit_block_io(block: &LinuxBlockIo, host: &mut HostLimits) -> Result<()> {
+    ensure!(
+        block.weight_device().as_ref().is_none_or(Vec::is_empty)
+            && block.leaf_weight().unwrap_or(0) == 0,
+        "config.json: linux.resources.blockIO: weights of single devices and of leaves are not supported"
+    );
+    host.block_weight = block.weight().filter(|weight| *weight > 0);
+    for (what, name, limits) in [
+        (
+            Throttled::ReadBytes,
+            "ReadBps",
+            block.throttle_read_bps_device(),
+        ),
+        (
+            Throttled::WrittenBytes,
+            "WriteBps",
+            block.throttle_write_bps_device(),
+        ),
+        (
+            Throttled::Reads,
+            "ReadIOPS",
+            block.throttle_read_iops_device(),
+        ),
+        (
+            Throttled::Writes,
+            "WriteIOPS",
+            block.throttle_write_iops_device(),
+        ),
+    ] {
+        for limit in limits.iter().flatten() {
+            let (Ok(major), Ok(minor)) = (limit.major().try_into(), limit.minor().try_into())
+            else {
+                bail!("config.json: linux.resources.blockIO.throttle{name}Device names no device");
+            };
+            host.throttles.push(Throttle {
+                what,
+                major,
+                minor,
+                rate: limit.rate(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// A rule allows every device there is, as callers say for privileged containers.

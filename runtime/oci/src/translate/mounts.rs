@@ -1,18 +1,21 @@
-//! Mounts: what is bound from the host goes through the shared directory, everything else is the guest's own.
+//! Mounts: what is bound from the host goes through the shared directory, or is a socket to be reached; everything else is the guest's
+//! own.
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::BindOptions;
+use cloison_sandbox::{BindOptions, MAX_SOCKETS};
 use oci_spec::runtime::Mount;
 
 /// File systems that a guest's kernel makes anew.
 const GUEST_KINDS: [&str; 7] = [
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
 ];
-/// Mount options that would carry the container's own mounts to the host.
+/// Mount options that, without a VM, would carry the container's own mounts to the host.
 const TO_THE_HOST: [&str; 2] = ["shared", "rshared"];
 /// Mount options that have host's later mounts below the source appear in the container.
 const FROM_THE_HOST: [&str; 2] = ["slave", "rslave"];
@@ -28,14 +31,33 @@ pub struct Bind {
     pub mount: usize,
 }
 
-/// The mounts for the guest, sources of binds left to be filled in, and what they need of the host.
+/// A socket of the host that processes in the guest are to connect to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Socket {
+    /// Absolute.
+    pub source: PathBuf,
+    /// Which of the spec's mounts uses it.
+    pub mount: usize,
+}
+
+/// Mounts for the guest, and what they need of the host.
+pub(super) struct Adapted {
+    /// Sources of binds and sockets are left to be filled in.
+    pub mounts: Vec<Mount>,
+    pub binds: Vec<Bind>,
+    pub sockets: Vec<Socket>,
+}
+
 pub(super) fn adapt(
     mounts: Vec<Mount>,
     bundle: &Path,
     rootfs: &Path,
-) -> Result<(Vec<Mount>, Vec<Bind>)> {
+    has_users: bool,
+    notes: &mut Vec<String>,
+) -> Result<Adapted> {
     let mut adapted = Vec::with_capacity(mounts.len());
     let mut binds = Vec::new();
+    let mut sockets = Vec::new();
     for mut mount in mounts {
         let place = mount.destination().display().to_string();
         let mut options = mount.options().clone().unwrap_or_default();
@@ -51,10 +73,11 @@ pub(super) fn adapt(
         }
         let kind = mount.typ().clone().unwrap_or_default();
         if kind == "bind" || has(&options, &["bind", "rbind"]) {
-            ensure!(
-                !has(&options, &TO_THE_HOST),
-                "mount {place}: a shared mount would carry the container's mounts to the host, which a VM cannot: use rslave or rprivate"
-            );
+            if has(&options, &TO_THE_HOST) {
+                notes.push(format!(
+                    "mount {place}: it is shared within the guest; what the container mounts below it does not appear on the host"
+                ));
+            }
             let source = mount
                 .source()
                 .clone()
@@ -65,21 +88,29 @@ pub(super) fn adapt(
                     format!("mount {place}: cannot find the source {}", source.display())
                 })?
                 .file_type();
-            refuse_socket(kind, &source, &place)?;
             if !has(&options, &["bind", "rbind"]) {
                 // libcontainer goes by the option.
                 options.push("bind".into());
             }
-            binds.push(Bind {
-                source,
-                options: BindOptions {
-                    recursive: has(&options, &["rbind"]),
-                    read_only: has(&options, &["ro", "rro"]),
-                    read_only_below: has(&options, &["rro"]),
-                    follow_host: has(&options, &FROM_THE_HOST),
-                },
-                mount: adapted.len(),
-            });
+            let index = adapted.len();
+            if kind.is_socket() {
+                refuse_datagrams(&source, &place)?;
+                sockets.push(Socket {
+                    source,
+                    mount: index,
+                });
+            } else {
+                binds.push(Bind {
+                    source,
+                    options: BindOptions {
+                        recursive: has(&options, &["rbind"]),
+                        read_only: has(&options, &["ro", "rro"]),
+                        read_only_below: has(&options, &["rro"]),
+                        follow_host: has(&options, &FROM_THE_HOST),
+                    },
+                    mount: index,
+                });
+            }
             mount.set_typ(Some("bind".into()));
         } else {
             ensure!(
@@ -87,6 +118,9 @@ pub(super) fn adapt(
                 "mount {place}: file system type {kind:?} is not supported: a guest has {}",
                 GUEST_KINDS.join(", ")
             );
+            if kind == "sysfs" && has_users {
+                bind_sysfs(&mut mount, &mut options);
+            }
             if has(&options, &["tmpcopyup"]) {
                 refuse_copy(rootfs, mount.destination(), &place)?;
                 options.retain(|option| option != "tmpcopyup");
@@ -95,15 +129,38 @@ pub(super) fn adapt(
         mount.set_options(Some(options));
         adapted.push(mount);
     }
-    Ok((adapted, binds))
+    ensure!(
+        sockets.len() <= MAX_SOCKETS as usize,
+        "{} mounts are sockets of the host, and a guest can be given {MAX_SOCKETS}",
+        sockets.len()
+    );
+    Ok(Adapted {
+        mounts: adapted,
+        binds,
+        sockets,
+    })
 }
 
-/// A socket's other end listens on the host, and its file in the guest leads nowhere.
-fn refuse_socket(kind: fs::FileType, source: &Path, place: &str) -> Result<()> {
-    use std::os::unix::fs::FileTypeExt;
+/// A user namespace may mount the sysfs of its own network namespace only, and the container's is the guest's: so it is given the guest's.
+fn bind_sysfs(mount: &mut Mount, options: &mut Vec<String>) {
+    mount
+        .set_typ(Some("bind".into()))
+        .set_source(Some("/sys".into()));
+    // With what is mounted below, as the kernel lets no user namespace uncover it, and with the flags that it lets none take away.
+    for word in ["rbind", "nosuid", "noexec", "nodev"] {
+        if !options.iter().any(|option| option == word) {
+            options.push(word.into());
+        }
+    }
+}
+
+/// What goes to the guest is streams. A socket that takes datagrams is told by its letting one of its kind connect, which it does not
+/// notice; one that takes streams refuses that without noticing either.
+fn refuse_datagrams(source: &Path, place: &str) -> Result<()> {
+    let probe = UnixDatagram::unbound().context("cannot make a socket")?;
     ensure!(
-        !kind.is_socket(),
-        "mount {place}: {} is a socket of the host, and a process in a VM cannot connect to it",
+        probe.connect(source).is_err(),
+        "mount {place}: {} is a socket for datagrams, and only streams can be carried into a VM",
         source.display()
     );
     Ok(())
@@ -125,4 +182,73 @@ fn refuse_copy(rootfs: &Path, destination: &Path, place: &str) -> Result<()> {
         "mount {place}: tmpcopyup is not supported where the directory has files in the image"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn adapted(mounts: serde_json::Value, has_users: bool) -> Result<(Adapted, Vec<String>)> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut notes = Vec::new();
+        let mounts = serde_json::from_value(mounts).unwrap();
+        let adapted = adapt(mounts, dir.path(), dir.path(), has_users, &mut notes)?;
+        Ok((adapted, notes))
+    }
+
+    #[test]
+    fn a_socket_is_no_bind_and_keeps_its_number_among_the_mounts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let (adapted, _) = adapted(
+            json!([
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/s", "type": "bind", "source": path, "options": ["rbind"] },
+                { "destination": "/d", "type": "bind", "source": dir.path(), "options": ["rbind"] },
+            ]),
+            false,
+        )
+        .unwrap();
+        assert_eq!((adapted.sockets.len(), adapted.sockets[0].mount), (1, 1));
+        assert_eq!((adapted.binds.len(), adapted.binds[0].mount), (1, 2));
+    }
+
+    #[test]
+    fn a_socket_for_datagrams_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _bound = UnixDatagram::bind(&path).unwrap();
+        let mounts =
+            json!([{ "destination": "/dev/log", "type": "bind", "source": path, "options": [] }]);
+        let error = adapted(mounts, false).err().unwrap().to_string();
+        assert!(error.contains("datagrams"), "{error}");
+    }
+
+    #[test]
+    fn a_user_namespace_gets_the_guests_sysfs() {
+        let mounts = json!([{ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"] }]);
+        let (with, _) = adapted(mounts.clone(), true).unwrap();
+        assert_eq!(with.mounts[0].typ().as_deref(), Some("bind"));
+        let options = with.mounts[0].options().clone().unwrap();
+        assert_eq!(options, ["nosuid", "ro", "rbind", "noexec", "nodev"]);
+        assert!(
+            with.binds.is_empty(),
+            "its source is the guest's, not the host's"
+        );
+        let (without, _) = adapted(mounts, false).unwrap();
+        assert_eq!(without.mounts[0].typ().as_deref(), Some("sysfs"));
+    }
+
+    #[test]
+    fn a_shared_mount_is_the_guests_and_the_log_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let mounts = json!([{ "destination": "/x", "type": "bind", "source": dir.path(), "options": ["rbind", "rshared"] }]);
+        let (_, notes) = adapted(mounts, false).unwrap();
+        assert!(notes[0].contains("/x"), "{notes:?}");
+    }
 }
