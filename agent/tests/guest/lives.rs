@@ -44,7 +44,7 @@ pub async fn hello_agrees_on_the_protocol_and_sets_the_clock(guest: Guest) {
         .unwrap_err();
     assert_eq!(refused.0, Code::FAILED_PRECONDITION);
     assert!(
-        refused.1.contains("protocol 1") && refused.1.contains("99"),
+        refused.1.contains(&format!("protocol {PROTOCOL}")) && refused.1.contains("99"),
         "{}",
         refused.1
     );
