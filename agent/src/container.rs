@@ -240,7 +240,10 @@ impl Container {
         lifeline: u32,
     ) -> Result<Pid> {
         let mut spec = spec::exec(process, &self.defaults, window)?;
-        self.require("exec in", Status::Running)?;
+        // One that has not started has its namespaces and its file system.
+        if !matches!(self.status(), Status::Created | Status::Running) {
+            return Err(self.wrong("exec in"));
+        }
         if self.defaults.maps_users() {
             spec.workload.user_namespace_of = self.init().map(|init| init.pid().as_raw());
         }

@@ -30,6 +30,17 @@ pub async fn an_exec_has_its_own_user_directory_and_environment(guest: Guest) {
     container.delete(true).await.unwrap();
 }
 
+pub async fn an_exec_may_come_before_the_start(guest: Guest) {
+    let container = guest.create(&script("sleep 1000")).await.unwrap();
+    let (code, output) = container
+        .exec_shell(process(), "hostname; ls /bin/sh")
+        .await;
+    assert_eq!((code, output.ends_with("/bin/sh\n")), (0, true), "{output}");
+    container.start().await.unwrap();
+    assert_eq!(container.exec_shell(process(), "exit 9").await.0, 9);
+    container.delete(true).await.unwrap();
+}
+
 pub async fn an_exec_says_how_it_ended(guest: Guest) {
     let container = guest.run(&script("sleep 1000")).await;
     assert_eq!(container.exec_shell(process(), "exit 9").await.0, 9);

@@ -162,11 +162,6 @@ pub async fn every_verb_is_refused_in_the_wrong_state(guest: Guest) {
         "not started",
     );
     refused(
-        container.exec(crate::agent::process()).await,
-        Code::FAILED_PRECONDITION,
-        "not started",
-    );
-    refused(
         container.delete(false).await,
         Code::FAILED_PRECONDITION,
         "not started",

@@ -60,6 +60,7 @@ const TESTS: &[Test] = tests![
     streams::a_terminal_belongs_to_the_user_and_passes_ctrl_c,
     streams::a_terminal_that_is_hung_up_ends_its_shell,
     execs::an_exec_has_its_own_user_directory_and_environment,
+    execs::an_exec_may_come_before_the_start,
     execs::an_exec_says_how_it_ended,
     execs::an_exec_of_a_missing_program_is_told_apart,
     execs::a_background_child_does_not_hold_up_a_wait,

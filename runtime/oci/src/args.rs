@@ -136,8 +136,8 @@ pub struct Run {
 pub struct Kill {
     /// Container ID
     pub container: String,
-    /// Signal, by name or number
-    #[arg(default_value = "SIGTERM", value_parser = cloison_sandbox::signal_number)]
+    /// Signal, by name or number; 0 only asks whether there is a process
+    #[arg(default_value = "SIGTERM", value_parser = signal_or_none)]
     pub signal: i32,
     /// Send it to every process of the container
     #[arg(short, long)]
@@ -284,6 +284,14 @@ pub struct Spec {
     pub bundle: PathBuf,
 }
 
+/// A signal, or 0 for none.
+fn signal_or_none(text: &str) -> Result<i32, cloison_sandbox::UnknownSignal> {
+    match text {
+        "0" => Ok(0),
+        _ => cloison_sandbox::signal_number(text),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -340,6 +348,7 @@ mod tests {
             "r create a b",
             "r kill id NOSIGNAL",
             "r kill id 99",
+            "r kill id -1",
             "r ps --format yaml id",
             "r --rootless true list",
             "r --log-format xml list",

@@ -11,6 +11,8 @@ use crate::runtime;
 pub fn kill(home: &Home, args: &Kill) -> Result<()> {
     let container = Container::find(home, &args.container)?;
     match container.status()?.0 {
+        // All of its processes have got it: there are none.
+        Status::Stopped if args.all => return Ok(()),
         Status::Stopped => bail!("container not running"),
         Status::Creating => bail!("container is being created"),
         Status::Created | Status::Running | Status::Paused => {}

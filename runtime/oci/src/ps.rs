@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use cloison_sandbox::{Home, HostCgroup};
 
 use crate::args::Ps;
@@ -13,8 +13,10 @@ use crate::print;
 pub fn ps(home: &Home, args: &Ps) -> Result<()> {
     let container = Container::find(home, &args.container)?;
     let (status, record) = container.status()?;
-    ensure!(status != Status::Stopped, "container not running");
-    let pids = HostCgroup::at(&record.cgroup)?.pids();
+    let pids = match status {
+        Status::Stopped => Vec::new(),
+        _ => HostCgroup::at(&record.cgroup)?.pids(),
+    };
     if args.format == "json" {
         print(serde_json::to_string(&pids)?);
         return Ok(());

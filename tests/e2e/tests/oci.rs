@@ -184,8 +184,13 @@ fn a_container_lives_through_runcs_verbs() {
         &["already exists"],
     );
 
+    assert_eq!(
+        succeed(&bundle.run(&["exec", "one", "echo", "early"])),
+        "early\n"
+    );
     succeed(&bundle.run(&["start", "one"]));
     assert_eq!(bundle.state()["status"], "running");
+    succeed(&bundle.run(&["kill", "one", "0"]));
     fail(
         &bundle.run(&["start", "one"]),
         1,
@@ -261,6 +266,9 @@ fn a_container_lives_through_runcs_verbs() {
         1,
         &["container not running"],
     );
+    // Nobody is left, so everybody has got it.
+    succeed(&bundle.run(&["kill", "--all", "one", "KILL"]));
+    assert_eq!(succeed(&bundle.run(&["ps", "-f", "json", "one"])), "[]\n");
     fail(
         &bundle.run(&["exec", "one", "true"]),
         255,
