@@ -14,6 +14,7 @@
 //! - leaves stdio and terminal owned by root,
 //! - leaves an exec outside the container's user namespace,
 //! - passes the propagation of a mount to the mount(2) that makes it, which ignores it,
+//! - leaves a read-only /dev writable, as it has to be until its nodes are made,
 //! - looks names up through the C library, which in a static program loads the container's own NSS modules.
 
 use std::collections::HashMap;
@@ -175,7 +176,8 @@ pub fn container(
     let (process, mut workload) = split(process, &defaults, window)?;
     workload.make_cwd = true;
     workload.new_network = new_network;
-    workload.propagation = propagation(&spec);
+    workload.mount_changes = propagation(&spec);
+    workload.mount_changes.extend(read_only_dev(&spec));
     spec.set_process(Some(process)).set_linux(Some(linux));
     Ok(ContainerSpec {
         config: encode(&spec)?,
@@ -279,7 +281,7 @@ fn split(
         terminal,
         user_namespace_of: None,
         new_network: false,
-        propagation: Vec::new(),
+        mount_changes: Vec::new(),
     };
 
     let mut root = User::default();
@@ -305,6 +307,28 @@ fn split(
         .set_oom_score_adj(oom_score_adj)
         .set_apparmor_profile(apparmor);
     Ok((process, workload))
+}
+
+/// A /dev that is to be read-only.
+fn read_only_dev(spec: &Spec) -> Option<(PathBuf, u64)> {
+    let mut mounts = spec.mounts().iter().flatten();
+    let dev = mounts.find(|mount| mount.destination() == Path::new("/dev"))?;
+    let options = dev.options().as_deref().unwrap_or_default();
+    // A bind is read-only from the start: nothing is made in it.
+    if dev.typ().as_deref() != Some("tmpfs") || !options.iter().any(|option| option == "ro") {
+        return None;
+    }
+    let flags = options.iter().map(|option| match option.as_str() {
+        "nosuid" => libc::MS_NOSUID,
+        "nodev" => libc::MS_NODEV,
+        "noexec" => libc::MS_NOEXEC,
+        _ => 0,
+    });
+    let read_only = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
+    Some((
+        dev.destination().clone(),
+        flags.fold(read_only, |all, flag| all | flag),
+    ))
 }
 
 /// The mounts that are to be shared or unbindable. Others are private to the container anyhow, so that there is nothing to be slave of.

@@ -29,8 +29,9 @@ pub struct Workload {
     pub user_namespace_of: Option<i32>,
     /// The process is in a network namespace of its own, whose loopback interface nobody else brings up.
     pub new_network: bool,
-    /// Mounts of the container whose propagation the spec says, and mount(2)'s flags for that.
-    pub propagation: Vec<(PathBuf, u64)>,
+    /// Mounts of the container that are changed when all are there, and mount(2)'s flags for that: those whose propagation the spec
+    /// says, and a read-only /dev.
+    pub mount_changes: Vec<(PathBuf, u64)>,
 }
 
 /// The terminal of a process.

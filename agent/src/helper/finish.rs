@@ -71,17 +71,13 @@ impl Finish {
         if w.new_network {
             sys::loopback_up().map_err(|e| internal("bringing up the loopback interface", e))?;
         }
-        for (place, flags) in &w.propagation {
-            let flags = MsFlags::from_bits_truncate(*flags);
-            mount(None::<&str>, place, None::<&str>, flags, None::<&str>).map_err(|e| {
-                internal(
-                    &format!("setting the propagation of {}", place.display()),
-                    e,
-                )
-            })?;
-        }
         if let Some(terminal) = &w.terminal {
             set_terminal(terminal).map_err(|e| internal("setting up the terminal", e))?;
+        }
+        for (place, flags) in &w.mount_changes {
+            let flags = MsFlags::from_bits_truncate(*flags);
+            mount(None::<&str>, place, None::<&str>, flags, None::<&str>)
+                .map_err(|e| internal(&format!("changing the mount {}", place.display()), e))?;
         }
         if let Some(namespace) = &self.user_namespace {
             setns(namespace.as_fd(), CloneFlags::CLONE_NEWUSER)

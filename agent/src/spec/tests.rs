@@ -295,7 +295,7 @@ fn the_propagation_of_mounts_is_the_last_steps_business() {
         parse(&with("", "mounts", mount(options)))
             .unwrap()
             .workload
-            .propagation
+            .mount_changes
     };
     let place = PathBuf::from("/m");
     assert_eq!(
@@ -304,4 +304,21 @@ fn the_propagation_of_mounts_is_the_last_steps_business() {
     );
     assert_eq!(of(json!(["unbindable"])), [(place, libc::MS_UNBINDABLE)]);
     assert_eq!(of(json!(["rbind", "rprivate", "rslave", "ro"])), []);
+}
+
+#[test]
+fn a_read_only_dev_becomes_so_when_all_is_in_it() {
+    let of = |kind: &str, options: Value| {
+        let dev =
+            json!([{"destination": "/dev", "type": kind, "source": "/s", "options": options}]);
+        let spec = parse(&with("", "mounts", dev)).unwrap();
+        spec.workload.mount_changes
+    };
+    let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID;
+    assert_eq!(
+        of("tmpfs", json!(["nosuid", "mode=755", "ro"])),
+        [(PathBuf::from("/dev"), flags)]
+    );
+    assert_eq!(of("tmpfs", json!(["nosuid"])), []);
+    assert_eq!(of("bind", json!(["rbind", "ro"])), []);
 }

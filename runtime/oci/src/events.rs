@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{Agent, Home, Usage};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -25,7 +26,7 @@ pub fn events(home: &Home, args: &Events) -> Result<()> {
         let agent = container.sandbox().connect_agent()?;
         agent.hello().await?;
         if args.stats {
-            print(stats(id, &agent.usage(id).await?));
+            print(stats(id, &agent.usage(id).await?)?);
             return Ok(());
         }
         follow(&agent, id, period).await
@@ -46,20 +47,31 @@ async fn follow(agent: &Agent, id: &str, period: Duration) -> Result<()> {
             _ = ticks.tick() => {
                 let Ok(usage) = agent.usage(id).await else { return Ok(()) };
                 if kills.is_some_and(|kills| kills < usage.oom_kills) {
-                    print(json!({ "type": "oom", "id": id }));
+                    print(line("oom", id, None)?);
                 }
                 kills = Some(usage.oom_kills);
-                print(stats(id, &usage));
+                print(stats(id, &usage)?);
             }
         }
     }
 }
 
-fn stats(id: &str, usage: &Usage) -> Value {
-    json!({
-        "type": "stats",
-        "id": id,
-        "data": {
+/// An event, as runc writes it; there are readers who go by the order.
+#[derive(Serialize)]
+struct Event<'a> {
+    r#type: &'a str,
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
+}
+
+fn line(r#type: &str, id: &str, data: Option<Value>) -> Result<String> {
+    let event = Event { r#type, id, data };
+    serde_json::to_string(&event).context("cannot write an event")
+}
+
+fn stats(id: &str, usage: &Usage) -> Result<String> {
+    let data = json!({
             "cpu": {
                 "usage": {
                     "total": usage.cpu_ns,
@@ -82,8 +94,8 @@ fn stats(id: &str, usage: &Usage) -> Value {
             "hugetlb": {},
             "intel_rdt": {},
             "network_interfaces": null,
-        },
-    })
+    });
+    line("stats", id, Some(data))
 }
 
 /// A time as Go writes it: a number with a unit, such as 5s, 500ms or 1m.
@@ -108,6 +120,19 @@ fn period(text: &str) -> Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_begins_with_its_kind_and_the_container() {
+        assert_eq!(
+            line("oom", "one", None).unwrap(),
+            r#"{"type":"oom","id":"one"}"#
+        );
+        let stats = stats("one", &Usage::default()).unwrap();
+        assert!(
+            stats.starts_with(r#"{"type":"stats","id":"one","data":{"#),
+            "{stats}"
+        );
+    }
 
     #[test]
     fn times_have_units() {

@@ -54,6 +54,23 @@ fn a_scheduler_or_a_personality_that_cannot_be_is_an_error() {
 }
 
 #[test]
+fn dev_is_read_only_when_it_is_to_be_and_its_devices_work() {
+    let script = "grep -o '^tmpfs /dev tmpfs ro,nosuid' /proc/mounts; echo > /dev/null && touch /dev/new || echo refused";
+    let bundle = Bundle::shell(script).with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        let dev = mounts
+            .iter_mut()
+            .find(|mount| mount["destination"] == "/dev");
+        dev.unwrap()["options"]
+            .as_array_mut()
+            .unwrap()
+            .push("ro".into());
+    });
+    let seen = succeed(&bundle.output());
+    assert_eq!(seen, "tmpfs /dev tmpfs ro,nosuid\nrefused\n");
+}
+
+#[test]
 fn propagation_is_the_guests_own() {
     let bundle = Bundle::shell(
         "grep -o ' /shared .*' /proc/self/mountinfo; grep -o ' / / .*' /proc/self/mountinfo",

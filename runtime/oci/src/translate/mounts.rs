@@ -118,6 +118,9 @@ pub(super) fn adapt(
                 "mount {place}: file system type {kind:?} is not supported: a guest has {}",
                 GUEST_KINDS.join(", ")
             );
+            if matches!(kind.as_str(), "proc" | "sysfs") {
+                refuse_link(rootfs, mount.destination(), &kind)?;
+            }
             if kind == "sysfs" && has_users {
                 bind_sysfs(&mut mount, &mut options);
             }
@@ -152,6 +155,18 @@ fn bind_sysfs(mount: &mut Mount, options: &mut Vec<String>) {
             options.push(word.into());
         }
     }
+}
+
+/// A link in the image must not lead what the kernel shows to where nothing masks it. In runc's words, which are looked for.
+fn refuse_link(rootfs: &Path, destination: &Path, kind: &str) -> Result<()> {
+    let place = rootfs.join(destination.strip_prefix("/").unwrap_or(destination));
+    let is_link = fs::symlink_metadata(&place).is_ok_and(|found| found.is_symlink());
+    ensure!(
+        !is_link,
+        "filesystem {kind:?} must be mounted on ordinary directory, and {} of the image is a symbolic link",
+        destination.display()
+    );
+    Ok(())
 }
 
 /// What goes to the guest is streams. A socket that takes datagrams is told by its letting one of its kind connect, which it does not
@@ -227,6 +242,32 @@ mod tests {
             json!([{ "destination": "/dev/log", "type": "bind", "source": path, "options": [] }]);
         let error = adapted(mounts, false).err().unwrap().to_string();
         assert!(error.contains("datagrams"), "{error}");
+    }
+
+    #[test]
+    fn a_link_is_no_place_for_proc_or_sysfs() {
+        for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys")] {
+            let dir = tempfile::tempdir().unwrap();
+            let mounts = json!([{ "destination": place, "type": kind, "source": kind }]);
+            let mounts: Vec<Mount> = serde_json::from_value(mounts).unwrap();
+            let try_adapt = || {
+                adapt(
+                    mounts.clone(),
+                    dir.path(),
+                    dir.path(),
+                    false,
+                    &mut Vec::new(),
+                )
+            };
+            try_adapt().unwrap();
+            let link = dir.path().join(&place[1..]);
+            std::os::unix::fs::symlink("/elsewhere", link).unwrap();
+            let error = try_adapt().err().unwrap().to_string();
+            assert!(
+                error.contains("must be mounted on ordinary directory"),
+                "{error}"
+            );
+        }
     }
 
     #[test]
