@@ -417,8 +417,6 @@ fn mounts_of_the_host_reach_the_guest_as_they_were_meant() {
 /// What cannot be done is refused before anything is made.
 #[test]
 fn what_a_vm_cannot_do_is_refused_with_the_reason() {
-    let socket = std::env::temp_dir().join(format!("cloison-e2e-{}.sock", std::process::id()));
-    let _listener = UnixListener::bind(&socket).unwrap();
     let without = |kind: &'static str| {
         move |config: &mut Value| {
             let all = config["linux"]["namespaces"].as_array_mut().unwrap();
@@ -447,18 +445,12 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
             "intelRdt",
         ),
         (
-            Box::new(|c| c["linux"]["resources"]["blockIO"] = json!({ "weight": 10 })),
+            Box::new(|c| c["linux"]["resources"]["blockIO"] = json!({ "leafWeight": 10 })),
             "blockIO",
         ),
         (
             Box::new(|c| c["linux"]["resources"]["memory"] = json!({ "limit": 1024 })),
             "too small",
-        ),
-        (
-            Box::new(|c| {
-                c["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 4 })
-            }),
-            "ioPriority",
         ),
         (Box::new(|c| c["ociVersion"] = "2.0.0".into()), "ociVersion"),
         (
@@ -484,21 +476,6 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
             }),
             "/gone",
         ),
-        (
-            Box::new(|c| {
-                c["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"] }))
-            }),
-            "shared mount",
-        ),
-        (
-            {
-                let socket = socket.clone();
-                Box::new(move |c| {
-                    c["mounts"].as_array_mut().unwrap().push(json!({ "destination": "/x", "type": "bind", "source": socket, "options": ["bind"] }))
-                })
-            },
-            "socket",
-        ),
     ];
     let mut bundle = Bundle::shell("true");
     let good = bundle.config.clone();
@@ -508,7 +485,6 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
         bundle.write();
         fail(&bundle.output(), 1, &[word]);
     }
-    fs::remove_file(socket).unwrap();
     fs::write(bundle.dir().join("config.json"), "{").unwrap();
     fail(&bundle.output(), 1, &["config.json"]);
     let none = bundle.run(&["create", "--bundle", "/nonexistent", "one"]);
