@@ -38,6 +38,9 @@ struct Containerd {
 
 const BOOTED: &str = "containerd successfully booted";
 
+/// What dockerd says, to whoever debugs it, of a connection to containerd.
+const CONNECTED: &str = "\"processing event stream\" module=libcontainerd namespace=moby";
+
 /// Makes the root file system of a tree, with the directories that are named after it, the calling process's own, and runs a command there.
 /// A plain chroot will not do: dockerd remounts `/`.
 const IN_TREE: &str = r#"
@@ -131,13 +134,18 @@ impl Daemon {
         await_line(&self.path("log"), "API listen on");
     }
 
-    /// Kills containerd and starts it anew.
+    /// Kills containerd and starts it anew. Until dockerd has noticed, it kills no container and hears of no container's end.
     pub fn restart_containerd(&mut self) {
+        let log = self.path("log");
+        let earlier = fs::read_to_string(&log).unwrap();
+        let earlier = earlier.lines().filter(|line| line.contains(CONNECTED));
+        let earlier = earlier.count();
         let containerd = self.containerd.as_mut().unwrap();
         containerd.process.kill().unwrap();
         containerd.process.wait().unwrap();
         containerd.process = containerd.enter(self.dir.path());
-        await_line(&self.dir.path().join("containerd.log"), BOOTED);
+        await_line(&self.path("containerd.log"), BOOTED);
+        await_lines(&log, CONNECTED, earlier + 1);
     }
 
     fn stop(&mut self) {
@@ -250,6 +258,11 @@ impl Daemon {
 
 /// Waits until a log has a line with this in it.
 fn await_line(log: &Path, words: &str) {
+    await_lines(log, words, 1);
+}
+
+/// Waits until a log has so many lines with this in them.
+fn await_lines(log: &Path, words: &str, count: usize) {
     let mut follow = Command::new("tail")
         .args(["-n", "+1", "-f", log.to_str().unwrap()])
         .stdout(Stdio::piped())
@@ -258,7 +271,8 @@ fn await_line(log: &Path, words: &str) {
     let lines = std::io::BufRead::lines(std::io::BufReader::new(follow.stdout.take().unwrap()));
     let ready = lines
         .map_while(Result::ok)
-        .find(|line| line.contains(words) || line.contains("failed to start"));
+        .filter(|line| line.contains(words) || line.contains("failed to start"))
+        .nth(count - 1);
     follow.kill().unwrap();
     follow.wait().unwrap();
     let ready = ready.unwrap();
@@ -369,7 +383,8 @@ fn in_tree(dir: &Path, name: &str) -> Child {
 fn dockerd(command: &mut Command, dir: &Path) {
     let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
     command
-        .args(["dockerd", "--config-file", &at("daemon.json")])
+        .args(["dockerd", "--log-level", "debug"])
+        .args(["--config-file", &at("daemon.json")])
         .args(["--data-root", &at("data"), "--exec-root", &at("exec")])
         .args(["--pidfile", &at("pid")])
         .args(["-H", &format!("unix://{}", at("sock"))])

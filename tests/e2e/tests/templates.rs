@@ -21,8 +21,10 @@ fn templates(host: &Host) -> Vec<PathBuf> {
 /// What the VM of a container began as.
 fn origin(host: &Host, options: &[&str]) -> String {
     let id = host.detached(options, &["true"]);
-    assert_eq!(succeed(&host.cloison(["wait", &id])), "0\n");
-    let origin = host.inspect(&id)["VM"]["Origin"].clone();
+    let status = succeed(&host.cloison(["wait", &id]));
+    let container = host.inspect(&id);
+    assert_eq!(status, "0\n", "{container}");
+    let origin = container["VM"]["Origin"].clone();
     succeed(&host.cloison(["rm", &id]));
     origin.as_str().unwrap().to_owned()
 }
