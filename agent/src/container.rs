@@ -17,6 +17,7 @@ use crate::devices::Rule;
 use crate::dirs;
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
+use crate::mounts::Mounts;
 use crate::process::{Outcome, Process, send};
 use crate::reaper::Reaper;
 use crate::report::{Create, Exec, Request, Update};
@@ -88,6 +89,8 @@ pub struct Container {
     /// Held by verbs that change the phase, for as long as they take.
     changing: tokio::sync::Mutex<()>,
     execs: Mutex<Execs>,
+    /// Once it is created, and until all its processes are gone.
+    mounts: Mutex<Option<Mounts>>,
     /// Served for as long as there is the container.
     _sockets: Sockets,
 }
@@ -128,6 +131,7 @@ impl Container {
             phase: Mutex::new(Phase::Creating),
             changing: tokio::sync::Mutex::new(()),
             execs: Mutex::default(),
+            mounts: Mutex::default(),
             _sockets: sockets,
         }
     }
@@ -172,6 +176,8 @@ impl Container {
         });
         let (init, reports) = self.launch(request, stdio).await?;
         let pid = init.pid();
+        let mounts = Mounts::of(pid).doing(|| "holding the container's mounts".to_owned())?;
+        *lock(&self.mounts) = Some(mounts);
         *lock(&self.phase) = Phase::Created {
             init,
             reports: Some(reports),
@@ -488,6 +494,7 @@ impl Container {
         emptied
             .await
             .doing(|| format!("removing cgroup {}", self.cgroup.path.display()))?;
+        drop(lock(&self.mounts).take());
         for directory in [state(&self.id), bundle(&self.id)] {
             match fs::remove_dir_all(&directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -14,6 +14,7 @@ pub mod helper;
 mod ids;
 pub mod init;
 mod interfaces;
+mod mounts;
 mod netlink;
 mod process;
 mod pump;

@@ -1,7 +1,10 @@
 //! Volumes, tmpfs, read-only root file systems, and what stays of a run.
 
 use std::fs;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::host::{Host, busybox, fail, succeed};
 
@@ -56,6 +59,33 @@ fn a_single_file_can_be_a_volume_and_a_read_only_one_cannot_be_written() {
     );
     assert_eq!(output, "value\nrefused\n");
     assert_eq!(fs::read_to_string(&file).unwrap(), "value\n");
+}
+
+#[test]
+fn a_container_may_end_while_its_last_reads_are_under_way() {
+    let host = Host::new();
+    let dir = host.path("shared");
+    fs::create_dir(&dir).unwrap();
+    let file = fs::File::create(dir.join("large")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    io::copy(&mut io::repeat(b'x').take(64 << 20), &mut &file).unwrap();
+    file.sync_all().unwrap();
+    let volume = format!("{}:/data", dir.display());
+    for round in 1..=10 {
+        // Read from the disk, what the guest reads ahead takes longer than the process lives.
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        let count = format!("count={}", 200 + 10 * round);
+        let skip = format!("skip={}", 1000 * round);
+        let dd = [
+            "dd",
+            "if=/data/large",
+            "of=/dev/null",
+            "bs=4k",
+            &count,
+            &skip,
+        ];
+        succeed(&host.run(&["-v", &volume], &dd));
+    }
 }
 
 #[test]
