@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{Home, HostCgroup, Id, MonitorLock, Sandbox};
+use cloison_sandbox::{CgroupPlace, Home, HostCgroup, Id, MonitorLock, Sandbox};
 use cloison_vmm::Engine;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Spec;
@@ -47,7 +47,7 @@ pub struct Record {
     /// Why this engine, in words.
     pub engine_reason: String,
     /// The cgroup of its processes on the host.
-    pub cgroup: PathBuf,
+    pub cgroup: CgroupPlace,
     /// How far it has come.
     pub phase: Phase,
     /// The process that stands for its init; 0 while there is none.
@@ -339,7 +339,7 @@ impl Record {
     pub fn new(
         bundle: PathBuf,
         rootfs: PathBuf,
-        cgroup: PathBuf,
+        cgroup: CgroupPlace,
         engine: Engine,
         engine_reason: String,
     ) -> Self {
@@ -389,7 +389,7 @@ mod tests {
         Record::new(
             "/b".into(),
             "/b/rootfs".into(),
-            "/c".into(),
+            CgroupPlace::Path("/c".into()),
             Engine::Software,
             "x".into(),
         )

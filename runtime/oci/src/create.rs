@@ -42,17 +42,13 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         args.preserve_fds == 0,
         "--preserve-fds is not supported: descriptors cannot be handed into a VM"
     );
-    ensure!(
-        !systemd,
-        "--systemd-cgroup is not supported: use the cgroupfs driver (docker: \"exec-opts\": [\"native.cgroupdriver=cgroupfs\"] in daemon.json; podman: --cgroup-manager cgroupfs)"
-    );
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
     let config = bundle.join("config.json");
     let text = fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?;
     let spec: Spec = serde_json::from_slice(&text)
         .with_context(|| format!("cannot understand {}", config.display()))?;
-    let plan = Plan::new(&args.container, spec.clone(), &bundle)?;
+    let plan = Plan::new(&args.container, spec.clone(), &bundle, systemd)?;
     let has_socket = args.console_socket.is_some();
     ensure!(
         plan.terminal.is_none() || has_socket || !detached,

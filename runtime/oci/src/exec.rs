@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{
-    Attached, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
+    Attached, CgroupPlace, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
@@ -31,7 +31,7 @@ struct Job {
     /// The container's monitor.
     monitor: i32,
     /// The cgroup of its processes on the host.
-    cgroup: PathBuf,
+    cgroup: CgroupPlace,
     process: Process,
     console_socket: Option<PathBuf>,
 }

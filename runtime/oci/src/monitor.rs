@@ -101,7 +101,6 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     let _lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
     let cgroup = HostCgroup::at(&job.plan.cgroup)?;
     cgroup.create(&job.host_limits())?;
-    cgroup.enter()?;
     job.plan.network.enter()?;
     enter_private_namespace()?;
     channel::tell(&channel, &Report::Ready)?;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{HostLimits, VmSize};
+use cloison_sandbox::{CgroupPlace, HostLimits, VmSize};
 use cloison_vmm::EngineChoice;
 use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
 
@@ -42,7 +42,7 @@ pub struct Plan {
     /// Limits of the VM's processes on the host, but for memory.
     pub host_limits: HostLimits,
     /// Their cgroup.
-    pub cgroup: PathBuf,
+    pub cgroup: CgroupPlace,
     /// What asks for an engine.
     pub engine: EngineChoice,
     /// Hooks that run on the host.
@@ -54,11 +54,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Checks a bundle's spec.
+    /// Checks a bundle's spec. `systemd` says who makes the cgroup.
     ///
     /// # Errors
     /// Naming the first thing that cannot be done, and why.
-    pub fn new(id: &str, mut spec: Spec, bundle: &Path) -> Result<Self> {
+    pub fn new(id: &str, mut spec: Spec, bundle: &Path, systemd: bool) -> Result<Self> {
         let version = spec.version().clone();
         ensure!(
             version.starts_with("1."),
@@ -92,7 +92,7 @@ impl Plan {
             size,
             host: host_limits,
             cgroup,
-        } = linux::adapt(id, linux, &mut notes)?;
+        } = linux::adapt(id, linux, systemd, &mut notes)?;
         let mounts = spec.mounts().clone().unwrap_or_default();
         let mut namespaces = linux.namespaces().iter().flatten();
         let has_users = namespaces.any(|n| n.typ() == LinuxNamespaceType::User);

@@ -19,7 +19,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Error, host};
+use serde::{Deserialize, Serialize};
+
+use crate::scope::ScopeError;
+use crate::{Error, Scope, host};
 
 /// Where sandboxes are for whose cgroup nobody has said a place, below the hierarchies' roots.
 const DEFAULT_PARENT: &str = "cloison";
@@ -33,9 +36,21 @@ const OOM_ROOM: u64 = 8 << 20;
 /// What it takes at most, bytes.
 const OOM_APPETITE: usize = 64 << 20;
 
+/// Where a sandbox's cgroup is, and who makes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum CgroupPlace {
+    /// Below the hierarchies' roots, made here.
+    Path(PathBuf),
+    /// Made by systemd.
+    Scope(Scope),
+}
+
 /// A cgroup, in each of the host's hierarchies.
 pub struct HostCgroup {
     path: String,
+    /// Whose it is where systemd makes it.
+    scope: Option<Scope>,
     cgroup: Cgroup,
 }
 
@@ -83,11 +98,16 @@ pub enum Throttled {
 }
 
 impl HostCgroup {
-    /// The cgroup at `path`, below the hierarchies' roots, whether it exists or not.
+    /// The cgroup at `place`, whether it exists or not.
     ///
     /// # Errors
-    /// When the path leaves the hierarchy or is its root.
-    pub fn at(path: &Path) -> Result<Self, Error> {
+    /// When a path leaves the hierarchy or is its root.
+    pub fn at(place: &CgroupPlace) -> Result<Self, Error> {
+        let (path, scope) = match place {
+            CgroupPlace::Path(path) => (path.clone(), None),
+            CgroupPlace::Scope(scope) => (scope.path(), Some(scope.clone())),
+        };
+        let path = path.as_path();
         let normal = |component: Component<'_>| match component {
             Component::Normal(name) => Some(name.to_str().map(str::to_owned)),
             Component::RootDir | Component::CurDir => None,
@@ -99,7 +119,11 @@ impl HostCgroup {
             Error::path("use the cgroup", path)(io::ErrorKind::InvalidInput.into())
         })?;
         let cgroup = Cgroup::load(hierarchies::auto(), &path);
-        Ok(Self { path, cgroup })
+        Ok(Self {
+            path,
+            scope,
+            cgroup,
+        })
     }
 
     /// The path for a sandbox for which nobody has said one.
@@ -107,13 +131,21 @@ impl HostCgroup {
         Path::new("/").join(DEFAULT_PARENT).join(id)
     }
 
-    /// Makes it, or takes one that exists.
+    /// Makes it, or takes one that exists, and moves this process, and so what it will start, into it.
     ///
     /// # Errors
     /// When the host refuses.
     pub fn create(&self, limits: &HostLimits) -> Result<(), Error> {
-        self.cgroup.create().map_err(self.failed("create"))?;
-        self.limit(limits)
+        if let Some(scope) = &self.scope {
+            let started = scope.start(limits);
+            started.map_err(self.refused("create"))?;
+        }
+        // On cgroup v1 systemd makes it in some hierarchies alone.
+        if self.scope.is_none() || !hierarchies::is_cgroup2_unified_mode() {
+            self.cgroup.create().map_err(self.failed("create"))?;
+        }
+        self.write(limits)?;
+        self.enter()
     }
 
     /// Sets limits.
@@ -121,6 +153,14 @@ impl HostCgroup {
     /// # Errors
     /// When the host refuses one, or lacks its controller.
     pub fn limit(&self, limits: &HostLimits) -> Result<(), Error> {
+        if let Some(scope) = &self.scope {
+            let limited = scope.limit(limits);
+            limited.map_err(self.refused("set the limits of"))?;
+        }
+        self.write(limits)
+    }
+
+    fn write(&self, limits: &HostLimits) -> Result<(), Error> {
         let failed = || self.failed("set the limits of");
         if let Some(bytes) = limits.memory {
             let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -169,7 +209,7 @@ impl HostCgroup {
             .ok_or(Error::NoController { name })
     }
 
-    /// Moves this process, and so what it will start, into it.
+    /// Moves this process, and so what it will start, into one that exists.
     ///
     /// # Errors
     /// When the host refuses.
@@ -221,6 +261,10 @@ impl HostCgroup {
         for pid in self.pids() {
             end(Pid::from_raw(pid.cast_signed()))?;
         }
+        if let Some(scope) = &self.scope {
+            let stopped = scope.stop();
+            stopped.map_err(self.refused("remove"))?;
+        }
         match self.cgroup.delete() {
             Err(_) if !self.cgroup.exists() => {}
             other => other.map_err(self.failed("remove"))?,
@@ -230,6 +274,15 @@ impl HostCgroup {
             let _ = Cgroup::load(hierarchies::auto(), DEFAULT_PARENT).delete();
         }
         Ok(())
+    }
+
+    fn refused(&self, what: &'static str) -> impl FnOnce(ScopeError) -> Error {
+        let path = self.path.clone();
+        move |source| Error::Scope {
+            what,
+            path,
+            source: Box::new(source),
+        }
     }
 
     fn failed(&self, what: &'static str) -> impl FnOnce(cgroups_rs::fs::error::Error) -> Error {
@@ -279,8 +332,10 @@ mod tests {
     #[test]
     fn a_path_that_leaves_the_hierarchy_or_is_its_root_is_refused() {
         for path in ["", "/", ".", "..", "/a/../../b", "a/.."] {
-            assert!(HostCgroup::at(Path::new(path)).is_err(), "{path}");
+            let place = CgroupPlace::Path(path.into());
+            assert!(HostCgroup::at(&place).is_err(), "{path}");
         }
-        assert_eq!(HostCgroup::at(Path::new("/a//./b")).unwrap().path, "a/b");
+        let place = CgroupPlace::Path("/a//./b".into());
+        assert_eq!(HostCgroup::at(&place).unwrap().path, "a/b");
     }
 }

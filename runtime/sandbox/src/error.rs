@@ -63,6 +63,16 @@ pub enum Error {
         /// What went wrong.
         source: Box<cgroups_rs::fs::error::Error>,
     },
+    /// systemd did not make, change or stop the scope that is a sandbox's cgroup.
+    #[error("cannot {what} the cgroup {path}")]
+    Scope {
+        /// Verb.
+        what: &'static str,
+        /// Below the hierarchies' roots.
+        path: String,
+        /// What went wrong.
+        source: Box<crate::scope::ScopeError>,
+    },
     /// A limit needs a controller that the host does not have.
     #[error("the host has no cgroup controller \"{name}\", which a limit needs")]
     NoController {

@@ -15,6 +15,7 @@ mod network;
 mod parts;
 mod resolver;
 mod sandbox;
+mod scope;
 mod shared;
 mod signals;
 mod size;
@@ -23,7 +24,9 @@ mod terminal;
 
 pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
 pub use attached::Attached;
-pub use cgroup::{HostCgroup, HostLimits, OOM_PROCESS_NAME, Throttle, Throttled, oom_main};
+pub use cgroup::{
+    CgroupPlace, HostCgroup, HostLimits, OOM_PROCESS_NAME, Throttle, Throttled, oom_main,
+};
 pub use error::Error;
 pub use home::Home;
 pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};
@@ -34,6 +37,7 @@ pub use network::Network;
 pub use parts::Parts;
 pub use resolver::{Resolver, loopback_resolver};
 pub use sandbox::{MAX_SOCKETS, Running, Sandbox};
+pub use scope::Scope;
 pub use shared::Shared;
 pub use signals::{Event, Signals, UnknownSignal, signal_number};
 pub use size::{LimitError, VmSize};

@@ -40,5 +40,6 @@ mod profile;
 mod signals;
 mod stdio;
 mod stress;
+mod systemd;
 mod templates;
 mod terminal;

@@ -132,14 +132,20 @@ fn name_of(host: &Host) -> String {
 
 fn command(host: &Host) -> Command {
     let mut command = Command::new(dist().join("cloison-runtime"));
-    command.env("CLOISON_DATA_DIR", data());
     command
-        .arg("--root")
-        .arg(host.run_dir())
-        .args(["--log-format", "json", "--log"])
-        .arg(host.path("log.json"))
+        .env("CLOISON_DATA_DIR", data())
+        .args(&arguments(host)[1..])
         .stdin(Stdio::null());
     command
+}
+
+/// The runtime and its global flags.
+pub fn arguments(host: &Host) -> Vec<String> {
+    let (runtime, log) = (dist().join("cloison-runtime"), host.path("log.json"));
+    let paths = [runtime, host.run_dir(), log].map(|path| path.to_str().unwrap().to_owned());
+    let [runtime, root, log] = paths;
+    let flags = ["--root", &root, "--log-format", "json", "--log", &log].map(str::to_owned);
+    std::iter::once(runtime).chain(flags).collect()
 }
 
 fn runtime(host: &Host, args: &[&str]) -> Output {

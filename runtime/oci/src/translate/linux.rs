@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{HostCgroup, HostLimits, Throttle, Throttled, VmSize};
+use cloison_sandbox::{CgroupPlace, HostCgroup, HostLimits, Scope, Throttle, Throttled, VmSize};
 use oci_spec::runtime::{
     Linux, LinuxBlockIo, LinuxCpu, LinuxDevice, LinuxDeviceType, LinuxNamespace,
     LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
@@ -35,14 +35,17 @@ pub(super) struct Adapted {
     pub network: Network,
     pub size: VmSize,
     pub host: HostLimits,
-    pub cgroup: PathBuf,
+    pub cgroup: CgroupPlace,
 }
 
-pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Result<Adapted> {
+pub(super) fn adapt(
+    id: &str,
+    mut linux: Linux,
+    systemd: bool,
+    notes: &mut Vec<String>,
+) -> Result<Adapted> {
     let network = adapt_namespaces(&mut linux)?;
-    let given = linux.cgroups_path().clone();
-    let given = given.filter(|path| !path.as_os_str().is_empty());
-    let cgroup = given.unwrap_or_else(|| HostCgroup::default_path(id));
+    let cgroup = cgroup(id, linux.cgroups_path().clone(), systemd)?;
     // In the guest each container has a place of its own; the host's path is for the VM's processes.
     linux.set_cgroups_path(Some(HostCgroup::default_path(id)));
     for (name, given) in [
@@ -104,6 +107,22 @@ pub(super) fn adapt(id: &str, mut linux: Linux, notes: &mut Vec<String>) -> Resu
         host,
         cgroup,
     })
+}
+
+/// Where the cgroup of the VM's processes is.
+fn cgroup(id: &str, given: Option<PathBuf>, systemd: bool) -> Result<CgroupPlace> {
+    let given = given.filter(|path| !path.as_os_str().is_empty());
+    if !systemd {
+        let path = given.unwrap_or_else(|| HostCgroup::default_path(id));
+        return Ok(CgroupPlace::Path(path));
+    }
+    let Some(path) = given else {
+        return Ok(CgroupPlace::Scope(Scope::default_of(id)));
+    };
+    let scope = path.to_string_lossy().parse();
+    Ok(CgroupPlace::Scope(scope.context(
+        "config.json: linux.cgroupsPath with systemd as the cgroup driver",
+    )?))
 }
 
 /// Resources for the guest from those an update brings, and the host's part of them.
