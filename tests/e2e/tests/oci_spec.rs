@@ -119,6 +119,46 @@ fn a_container_with_a_user_namespace_has_its_files() {
 }
 
 #[test]
+fn limits_that_concern_the_host_are_its_cgroups() {
+    let bundle = Bundle::shell("exec tail -f /dev/null").with(|config| {
+        config["linux"]["resources"] = json!({
+            "memory": { "limit": 64 << 20 },
+            "cpu": { "shares": 512, "cpus": "0", "mems": "0" },
+        });
+    });
+    bundle.create_and_start();
+    let read = |v1: &str, v2: &str| {
+        let (controller, file) = v1.split_once('/').unwrap();
+        let root = Path::new("/sys/fs/cgroup");
+        let of_v1 = root.join(controller).join(bundle.cgroup()).join(file);
+        let limit = match of_v1.exists() {
+            true => of_v1,
+            false => root.join(bundle.cgroup()).join(v2),
+        };
+        fs::read_to_string(limit).unwrap().trim().to_owned()
+    };
+    // The VM, and what its processes take.
+    let memory: u64 = read("memory/memory.limit_in_bytes", "memory.max")
+        .parse()
+        .unwrap();
+    assert!((64 << 20..1 << 30).contains(&memory), "{memory}");
+    // Shares are 2 to 262144, weights 1 to 10000.
+    let shares = || read("cpu/cpu.shares", "cpu.weight");
+    assert!(["512", "20"].contains(&shares().as_str()), "{}", shares());
+    assert_eq!(read("cpuset/cpuset.cpus", "cpuset.cpus"), "0");
+    assert_eq!(read("cpuset/cpuset.mems", "cpuset.mems"), "0");
+    let used = read("memory/memory.usage_in_bytes", "memory.current");
+    assert!(used.parse::<u64>().unwrap() > 16 << 20, "{used}");
+    succeed(&bundle.run(&["update", "--cpu-share", "2048", "one"]));
+    assert!(["2048", "79"].contains(&shares().as_str()), "{}", shares());
+    succeed(&bundle.run(&["delete", "--force", "one"]));
+    let bundle = bundle.with(|config| {
+        config["linux"]["resources"] = json!({ "cpu": { "cpus": "4095" } });
+    });
+    fail(&bundle.output(), 1, &["set the limits of the cgroup"]);
+}
+
+#[test]
 fn block_io_limits_are_the_vms_on_the_host() {
     let Some(device) = block_device() else { return };
     let bundle = Bundle::shell("sleep 1000");
