@@ -102,8 +102,10 @@ impl Networks {
         };
         between()?;
         // Before there is anybody whom they are about.
-        let rules = nft::add_network(&network) + &nft::add_sandbox(&id, &record, &network);
-        nft::change(&self.host, rules).await?;
+        let mut rules = nft::Batch::default();
+        rules.add_network(&network);
+        rules.add_sandbox(&id, &record, &network);
+        nft::add(&self.host, rules).await?;
         between()?;
         self.lay_cable(&netlink, &namespace, &record, &network)
             .await?;

@@ -29,15 +29,22 @@ impl Networks {
             Namespace::remove(path)?;
         }
         between()?;
-        nft::change(&self.host, nft::remove_sandbox(record, network)).await?;
-        between()?;
         let mut locked = self.store.lock().await?;
-        // Two who remove one sandbox must not remove its successor's record.
-        if locked.state.sandboxes.get(id) == Some(record) {
-            locked.state.sandboxes.remove(id);
+        // Of two who remove one sandbox the slower must not remove its successor's record, or what is its successor's.
+        if locked.state.sandboxes.get(id) != Some(record) {
+            return Ok(());
         }
+        locked.state.sandboxes.remove(id);
         if on(&locked.state, &network.name).next().is_none() {
-            self.take_down(network, &locked.state).await?;
+            let removed = Some(record);
+            self.take_down(network, removed, &locked.state).await?;
+        } else {
+            let removal = nft::Removal {
+                network,
+                sandbox: Some(record),
+                whole: false,
+            };
+            nft::remove(&self.host, removal).await?;
         }
         between()?;
         locked.write()
@@ -85,7 +92,9 @@ impl Networks {
             _ => return Ok(()),
         }
         locked.write()?;
-        nft::change(&self.host, nft::egress(id, &record)).await
+        let mut rules = nft::Batch::default();
+        rules.set_egress(id, &record);
+        nft::add(&self.host, rules).await
     }
 
     /// How many packets that began a connection have been refused to a sandbox by its egress policy.

@@ -1,11 +1,11 @@
-//! What a sandbox may connect to: reading a policy, finding the addresses of the names in it, and the filter chain that it becomes.
+//! What a sandbox may connect to: reading a policy, finding the addresses of the names in it, and what it allows.
 //!
 //! A policy is about connections that the sandbox begins; answers to connections from outside always pass. Names are looked up on
 //! the host, when the sandbox is attached and whenever its caller refreshes them. An address that a name once had stays
 //! allowed as long as the sandbox lives, for a program that was told it goes on using it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::{self, Write};
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
@@ -25,11 +25,13 @@ pub struct Egress {
     rules: Vec<Rule>,
 }
 
+/// First and last port, TCP and UDP; `None` for everything.
+type Ports = Option<(u16, u16)>;
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rule {
     to: Destination,
-    /// First and last port, TCP and UDP; `None` for everything.
-    ports: Option<(u16, u16)>,
+    ports: Ports,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,31 +70,19 @@ impl Egress {
         Ok(())
     }
 
-    /// The rules of the sandbox's filter chain, one a line, without what it does to the rest.
-    pub(crate) fn rules(&self, names: &Names) -> Vec<String> {
-        let mut rules = Vec::new();
+    /// The subnets that the policy allows, with their ports.
+    pub(crate) fn allowed(&self, names: &Names) -> Vec<(IpNet, Ports)> {
+        let mut allowed = Vec::new();
         for Rule { to, ports } in &self.rules {
-            let nets: Vec<IpNet> = match to {
-                Destination::Net(net) => vec![*net],
+            match to {
+                Destination::Net(net) => allowed.push((*net, *ports)),
                 Destination::Name(name) => {
                     let addresses = names.get(name).into_iter().flatten();
-                    addresses.copied().map(IpNet::from).collect()
+                    allowed.extend(addresses.map(|address| (IpNet::from(*address), *ports)));
                 }
-            };
-            for net in nets {
-                let family = match net {
-                    IpNet::V4(_) => "ip",
-                    IpNet::V6(_) => "ip6",
-                };
-                let mut rule = format!("{family} daddr {net}");
-                if let Some((first, last)) = ports {
-                    // Writing to a string cannot fail.
-                    let _ = write!(rule, " meta l4proto {{ tcp, udp }} th dport {first}-{last}");
-                }
-                rules.push(rule + " return");
             }
         }
-        rules
+        allowed
     }
 }
 
@@ -148,8 +138,6 @@ fn parse_rule(text: &str) -> std::result::Result<Rule, &'static str> {
     let to = Destination::Net(net);
     Ok(Rule { to, ports })
 }
-
-type Ports = Option<(u16, u16)>;
 
 fn split_ports(text: &str) -> std::result::Result<(&str, Ports), &'static str> {
     match text.split_once(':') {
@@ -269,11 +257,10 @@ mod tests {
         let old: IpAddr = "10.0.0.9".parse().unwrap();
         let mut names = Names::from([("localhost".to_owned(), BTreeSet::from([old]))]);
         policy.resolve(&mut names).await.unwrap();
-        let rules = policy.rules(&names);
-        let ports = "meta l4proto { tcp, udp } th dport 443-443 return";
+        let allowed = policy.allowed(&names);
         for address in ["10.0.0.9/32", "127.0.0.1/32"] {
-            let rule = format!("ip daddr {address} {ports}");
-            assert!(rules.contains(&rule), "{rules:?}");
+            let expected = (address.parse().unwrap(), Some((443, 443)));
+            assert!(allowed.contains(&expected), "{allowed:?}");
         }
     }
 

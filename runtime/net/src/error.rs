@@ -25,9 +25,6 @@ pub enum Error {
         /// What the kernel said.
         source: rtnetlink::Error,
     },
-    /// `nft` did not take the rules.
-    #[error("cannot change the packet filter: nft says: {0}")]
-    Rules(String),
     /// The path names something else.
     #[error("{} is not a network namespace", .0.display())]
     NotANamespace(PathBuf),

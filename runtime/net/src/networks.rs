@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::guest::ip;
 use crate::netlink::{Netlink, tolerate};
 use crate::network::Surroundings;
+use crate::sandbox::Record;
 use crate::store::{State, Store};
 use crate::{Addresses, Error, Namespace, Network, NetworkSpec, Result, nft};
 
@@ -46,6 +47,12 @@ impl Networks {
             host,
             store: Store::new(run, data),
         }
+    }
+
+    /// Whether networks can be had in the calling thread's namespace: whether its kernel has what they are made with, nf_tables, and
+    /// the caller may use it.
+    pub fn available() -> bool {
+        nft::available()
     }
 
     /// Creates a network. Its bridge comes with its first sandbox.
@@ -101,7 +108,7 @@ impl Networks {
             return Err(Error::NetworkInUse { name, sandboxes });
         }
         // There is a bridge only if something was killed between removing a sandbox and this.
-        self.take_down(&network, &locked.state).await?;
+        self.take_down(&network, None, &locked.state).await?;
         locked.state.networks.remove(name);
         locked.write()
     }
@@ -122,27 +129,37 @@ impl Networks {
     /// When the packet filter refuses.
     pub async fn restore(&self) -> Result<()> {
         let locked = self.store.lock().await?;
-        let mut script = nft::RULES.to_owned();
+        let mut rules = nft::Batch::default();
         for (name, network) in &locked.state.networks {
             if on(&locked.state, name).next().is_some() {
-                script += &nft::add_network(network);
+                rules.add_network(network);
             }
         }
         for (id, record) in &locked.state.sandboxes {
-            script += &nft::add_sandbox(id, record, find(&locked.state, &record.network)?);
+            rules.add_sandbox(id, record, find(&locked.state, &record.network)?);
         }
-        nft::run(&self.host, script).await
+        nft::restore(&self.host, rules).await
     }
 
-    /// Removes the bridge of a network that no sandbox is on, and the packet filter when no sandbox is on any. To be called with the
-    /// state locked, so that no sandbox comes meanwhile.
-    pub(crate) async fn take_down(&self, network: &Network, state: &State) -> Result<()> {
+    /// Removes the bridge of a network that no sandbox is on any more, what of it and of the one that left is in the packet filter, and all
+    /// of that when no sandbox is on any network. To be called with the state locked, so that no sandbox comes meanwhile.
+    pub(crate) async fn take_down(
+        &self,
+        network: &Network,
+        left: Option<&Record>,
+        state: &State,
+    ) -> Result<()> {
         let netlink = Netlink::connect(&self.host)?;
         netlink.remove_link(&network.bridge()).await?;
         if state.sandboxes.is_empty() {
-            nft::run(&self.host, nft::NOTHING.to_owned()).await
+            nft::remove_all(&self.host).await
         } else {
-            nft::change(&self.host, nft::remove_network(network)).await
+            let removal = nft::Removal {
+                network,
+                sandbox: left,
+                whole: true,
+            };
+            nft::remove(&self.host, removal).await
         }
     }
 

@@ -1,104 +1,194 @@
-//! cloison's packet filter: the fixed rules, and the scripts that put a network or a sandbox into them and take it out.
+//! cloison's packet filter: the fixed rules, and what puts a network or a sandbox into them and takes it out.
 //!
-//! Rules are written in nft's own language and given to `nft`, a script at a time, which the kernel takes as a whole or not at all.
-//! What is put into a script is an address, a number, or a name made here; never what somebody wrote. Taking out first
-//! puts in: adding what is there is no error, so that afterwards removing it is none either, whatever was there before.
+//! `rules.nft` is the fixed part in nft's own language; nothing runs that program. The kernel is sent batches of messages, each of
+//! which it takes as a whole or not at all. What is put into them is an address, a number, or a name made here; never what somebody
+//! wrote. Whatever was there before, afterwards there is what there should be: adding what is there is no error, and what cannot be
+//! removed because some of it is missing is added before.
 
-use std::fmt::Write as _;
-use std::io::Write as _;
-use std::net::IpAddr;
-use std::process::{Command, Stdio};
+mod fixed;
+mod message;
+mod rule;
+mod socket;
+#[cfg(test)]
+mod tests;
 
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use self::message::Family::{Bridge, Inet};
+use self::message::{Element, NFTA_OBJ_DATA, TABLE, Value, Verdict, concatenation};
+use self::rule::{DPORT, L4PROTO, Rule, octets};
 use crate::network::Network;
+use crate::publish::Protocol;
 use crate::sandbox::Record;
-use crate::{Error, Namespace, Result};
+use crate::{Namespace, Result};
 
-/// The part of the rules that is the same on every host.
-pub(crate) const RULES: &str = include_str!("rules.nft");
-/// Takes all of it away, if it is there.
-pub(crate) const NOTHING: &str = "\
-table inet cloison { }
-delete table inet cloison
-table bridge cloison { }
-delete table bridge cloison
-";
+pub(crate) use self::message::Batch;
+
 /// Most characters of a sandbox's ID in the kernel's log, whose prefixes have at most 127.
 const LOGGED: usize = 64;
+/// Refusals of a sandbox that are logged: a second, and at once.
+const LOG_RATE: (u64, u32) = (10, 20);
+/// The set of protocols that have ports.
+const TRANSPORTS: &str = "transports";
+/// The mark of what is bridged after its destination was changed.
+const BRIDGED: u32 = 0x1000;
+const LOOPBACK: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8));
 
-/// Runs a script that counts on the fixed rules. They are loaded only when it turns out that they are missing: that takes the kernel
+const NFTA_CHAIN_TABLE: u16 = 1;
+const NFTA_CHAIN_NAME: u16 = 3;
+const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_POLICY: u16 = 5;
+const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_COUNTER_PACKETS: u16 = 2;
+
+/// Makes a change that counts on the fixed rules. They are loaded only when it turns out that they are missing: that takes the kernel
 /// longer than all the rest.
-pub(crate) async fn change(host: &Namespace, script: String) -> Result<()> {
-    match run(host, script.clone()).await {
-        Err(Error::Rules(_)) => run(host, RULES.to_owned() + &script).await,
+pub(crate) async fn add(host: &Namespace, batch: Batch) -> Result<()> {
+    change(host, batch, fixed::load).await
+}
+
+/// Makes a change. When something that it counts on is missing, so that nothing was changed, what `first` says goes before it.
+async fn change(host: &Namespace, batch: Batch, first: impl FnOnce() -> Batch) -> Result<()> {
+    let batch = Arc::new(batch);
+    let again = Arc::clone(&batch);
+    match host.run_long(move || socket::change(&batch)).await {
+        Err(error) if error.os_error() == Some(libc::ENOENT) => {
+            let mut whole = first();
+            whole.append(&again);
+            host.run_long(move || socket::change(&whole)).await
+        }
         done => done,
     }
 }
 
-/// Runs a script in the namespace `host`.
-pub(crate) async fn run(host: &Namespace, script: String) -> Result<()> {
-    nft(host, &["-f", "-"], script).await.map(drop)
+/// Takes everything away, if it is there.
+pub(crate) async fn remove_all(host: &Namespace) -> Result<()> {
+    let mut batch = Batch::default();
+    for family in [Inet, Bridge] {
+        batch.add_table(family);
+        batch.remove_table(family);
+    }
+    host.run_long(move || socket::change(&batch)).await
 }
 
-async fn nft(host: &Namespace, args: &'static [&'static str], input: String) -> Result<String> {
-    host.run_long(move || {
-        let missing = "run nft (install the package nftables)";
-        let mut child = Command::new("nft")
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(Error::system(missing))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // nft reads to the end before it writes; when it does not, its complaint says more than this one.
-            let _ = stdin.write_all(input.as_bytes());
+/// Loads everything, whatever is there.
+pub(crate) async fn restore(host: &Namespace, batch: Batch) -> Result<()> {
+    let mut whole = fixed::load();
+    whole.append(&batch);
+    host.run_long(move || socket::change(&whole)).await
+}
+
+/// What of a network and its sandboxes is to be taken out together.
+pub(crate) struct Removal<'a> {
+    pub(crate) network: &'a Network,
+    pub(crate) sandbox: Option<&'a Record>,
+    /// Whether the network itself goes too.
+    pub(crate) whole: bool,
+}
+
+/// Takes out a sandbox, a network, or both.
+pub(crate) async fn remove(host: &Namespace, removal: Removal<'_>) -> Result<()> {
+    let Removal {
+        network,
+        sandbox,
+        whole,
+    } = removal;
+    let mut elements = Vec::new();
+    if let Some(record) = sandbox {
+        elements.extend(sandbox_elements(record, network));
+    }
+    if whole {
+        elements.extend(network_elements(network));
+    }
+    let policy = sandbox.filter(|record| record.egress.is_some());
+    let names = policy.map(|record| (chain(record.index), counter(record.index)));
+    let mut batch = Batch::default();
+    batch.remove_elements(&elements);
+    if let Some((chain, counter)) = &names {
+        batch.flush_chain(Inet, chain);
+        batch.remove_chain(Inet, chain);
+        batch.remove_counter(counter);
+    }
+    let first = || {
+        let mut first = fixed::load();
+        if let Some((chain, counter)) = &names {
+            first.add_counter(counter);
+            first.add_chain(Inet, chain, None);
         }
-        let output = child.wait_with_output().map_err(Error::system(missing))?;
-        if !output.status.success() {
-            let complaint = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(Error::Rules(complaint));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    })
-    .await
+        first.add_elements(&elements);
+        first
+    };
+    change(host, batch, first).await
+}
+
+/// Whether the kernel has a packet filter of this kind, for the calling thread's namespace.
+pub(crate) fn available() -> bool {
+    let everyones = libc::NFPROTO_UNSPEC;
+    socket::ask(libc::NFT_MSG_GETGEN, false, everyones, |_| {}).is_ok()
 }
 
 /// How many packets beginning a connection have been refused to the sandbox with this index.
 pub(crate) async fn refused(host: &Namespace, index: u32) -> Result<u64> {
-    let listed = nft(
-        host,
-        &["-j", "list", "counters", "table", "inet", "cloison"],
-        String::new(),
-    );
-    let unreadable = |_| Error::Rules("its list of counters cannot be read".to_owned());
-    let listed: serde_json::Value = serde_json::from_str(&listed.await?).map_err(unreadable)?;
     let name = counter(index);
-    let objects = listed["nftables"].as_array().into_iter().flatten();
-    let counter = objects
-        .filter_map(|object| object.get("counter"))
-        .find(|counter| counter["name"] == name);
-    Ok(counter
-        .and_then(|counter| counter["packets"].as_u64())
-        .unwrap_or(0))
+    let asked = host.run_long(move || {
+        socket::ask(libc::NFT_MSG_GETOBJ, false, libc::NFPROTO_INET, |request| {
+            message::counter(request, &name);
+        })
+    });
+    let found = match asked.await {
+        Err(error) if error.os_error() == Some(libc::ENOENT) => return Ok(0),
+        found => found?,
+    };
+    let data = found
+        .iter()
+        .find_map(|(_, attributes)| attribute(attributes, NFTA_OBJ_DATA));
+    let counted = socket::attributes_in(data.unwrap_or_default())?;
+    let packets = attribute(&counted, NFTA_COUNTER_PACKETS).and_then(<[u8]>::first_chunk);
+    Ok(packets.map_or(0, |packets| u64::from_be_bytes(*packets)))
 }
 
 /// The chains of others that drop what they do not know when it is forwarded, as their family, table and name.
 pub(crate) async fn obstacles(host: &Namespace) -> Result<Vec<String>> {
-    let listed = nft(host, &["-j", "list", "chains"], String::new()).await?;
-    let unreadable = |_| Error::Rules("its list of chains cannot be read".to_owned());
-    let listed: serde_json::Value = serde_json::from_str(&listed).map_err(unreadable)?;
-    let objects = listed["nftables"].as_array().into_iter().flatten();
-    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    let chains = objects
-        .filter_map(|object| object.get("chain"))
-        .filter(|chain| chain["hook"] == "forward" && chain["policy"] == "drop");
-    Ok(chains
-        .map(|chain| {
-            ["family", "table", "name"]
-                .map(|key| text(&chain[key]))
-                .join(" ")
-        })
-        .collect())
+    let asked = host.run_long(|| {
+        let everyones = libc::NFPROTO_UNSPEC;
+        socket::ask(libc::NFT_MSG_GETCHAIN, true, everyones, |_| {})
+    });
+    let mut found = Vec::new();
+    for (family, attributes) in asked.await? {
+        let hook = attribute(&attributes, NFTA_CHAIN_HOOK).unwrap_or_default();
+        let hook = socket::attributes_in(hook)?;
+        let family = match i32::from(family) {
+            libc::NFPROTO_INET => "inet",
+            libc::NFPROTO_IPV4 => "ip",
+            libc::NFPROTO_IPV6 => "ip6",
+            libc::NFPROTO_BRIDGE => "bridge",
+            _ => continue,
+        };
+        if number(&hook, NFTA_HOOK_HOOKNUM) == Some(libc::NF_INET_FORWARD)
+            && number(&attributes, NFTA_CHAIN_POLICY) == Some(libc::NF_DROP)
+        {
+            let names = [NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME].map(|kind| {
+                let name = attribute(&attributes, kind).unwrap_or_default();
+                let name = name.strip_suffix(&[0]).unwrap_or(name);
+                String::from_utf8_lossy(name).into_owned()
+            });
+            found.push(format!("{family} {}", names.join(" ")));
+        }
+    }
+    Ok(found)
+}
+
+fn attribute(attributes: &[(u16, Vec<u8>)], kind: u16) -> Option<&[u8]> {
+    let mut attributes = attributes.iter();
+    attributes.find_map(|(is, value)| (*is == kind).then_some(value.as_slice()))
+}
+
+fn number(attributes: &[(u16, Vec<u8>)], kind: u16) -> Option<i32> {
+    let value = attribute(attributes, kind)?;
+    Some(i32::from_be_bytes(*value.first_chunk()?))
 }
 
 fn counter(index: u32) -> String {
@@ -109,144 +199,154 @@ fn chain(index: u32) -> String {
     format!("egress-{index}")
 }
 
-/// Puts a network in.
-pub(crate) fn add_network(network: &Network) -> String {
-    let mut script = String::new();
-    for (table, set, element) in network_elements(network) {
-        line(&mut script, "add", table, set, &element);
+impl Batch {
+    /// Puts a network in.
+    pub(crate) fn add_network(&mut self, network: &Network) {
+        self.add_elements(&network_elements(network));
     }
-    script
-}
 
-/// Takes a network out.
-pub(crate) fn remove_network(network: &Network) -> String {
-    remove(network_elements(network))
-}
-
-/// Puts a sandbox in.
-pub(crate) fn add_sandbox(id: &str, record: &Record, network: &Network) -> String {
-    let mut script = egress(id, record);
-    for (table, set, element) in sandbox_elements(record, network) {
-        line(&mut script, "add", table, set, &element);
+    /// Puts a sandbox in.
+    pub(crate) fn add_sandbox(&mut self, id: &str, record: &Record, network: &Network) {
+        self.set_egress(id, record);
+        self.add_elements(&sandbox_elements(record, network));
     }
-    script
-}
 
-/// Takes a sandbox out.
-pub(crate) fn remove_sandbox(record: &Record, network: &Network) -> String {
-    let elements = remove(sandbox_elements(record, network));
-    if record.egress.is_none() {
-        return elements;
+    /// Makes the chain of a sandbox's egress policy what its record has; nothing when there is none.
+    pub(crate) fn set_egress(&mut self, id: &str, record: &Record) {
+        let Some(policy) = &record.egress else {
+            return;
+        };
+        let (chain, counter) = (chain(record.index), counter(record.index));
+        let id: String = id.chars().take(LOGGED).collect();
+        self.add_counter(&counter);
+        self.add_chain(Inet, &chain, None);
+        self.flush_chain(Inet, &chain);
+        for (net, ports) in policy.allowed(&record.names) {
+            let rule = Rule::new().to(net);
+            let rule = match ports {
+                None => rule,
+                Some((first, last)) => rule.among(&[L4PROTO], TRANSPORTS).between(
+                    DPORT,
+                    &first.to_be_bytes(),
+                    &last.to_be_bytes(),
+                ),
+            };
+            self.add_rule(Inet, &chain, &rule.verdict(&Verdict::Return));
+        }
+        let (rate, burst) = LOG_RATE;
+        let log = Rule::new().limit(rate, burst);
+        for rule in [
+            log.log(&format!("{TABLE} {id} refused: ")),
+            // The kernel sends a host a message of ICMP a second, and some of those are redirects; resets it does not count.
+            Rule::new()
+                .protocol(libc::IPPROTO_TCP)
+                .count(&counter)
+                .reset(),
+            Rule::new().count(&counter).prohibit(),
+        ] {
+            self.add_rule(Inet, &chain, &rule);
+        }
     }
-    let (chain, counter) = (chain(record.index), counter(record.index));
-    format!(
-        "add counter inet cloison {counter}\nadd chain inet cloison {chain}\n{elements}\
-         flush chain inet cloison {chain}\ndelete chain inet cloison {chain}\ndelete counter inet cloison {counter}\n"
-    )
 }
 
-/// The chain of a sandbox's egress policy as its record has it; nothing when there is none.
-pub(crate) fn egress(id: &str, record: &Record) -> String {
-    let Some(policy) = &record.egress else {
-        return String::new();
-    };
-    let (chain, counter) = (chain(record.index), counter(record.index));
-    let id: String = id.chars().take(LOGGED).collect();
-    let mut script = format!(
-        "add counter inet cloison {counter}\nadd chain inet cloison {chain}\nflush chain inet cloison {chain}\n"
-    );
-    let rules = policy.rules(&record.names).into_iter().chain([
-        format!("limit rate 10/second burst 20 packets log prefix \"cloison {id} refused: \""),
-        // The kernel sends a host a message of ICMP a second, and some of those are redirects; resets it does not count.
-        format!("meta l4proto tcp counter name {counter} reject with tcp reset"),
-        format!("counter name {counter} reject with icmpx admin-prohibited"),
-    ]);
-    for rule in rules {
-        // Writing to a string cannot fail.
-        let _ = writeln!(script, "add rule inet cloison {chain} {rule}");
+/// An interface's name, as long as the kernel has it.
+fn interface(name: &str) -> [u8; libc::IFNAMSIZ] {
+    let mut bytes = [0; libc::IFNAMSIZ];
+    for (to, from) in bytes.iter_mut().zip(name.bytes()) {
+        *to = from;
     }
-    script
-}
-
-/// The family of a table, a set of it, and an element.
-type Element = (&'static str, &'static str, String);
-
-fn line(script: &mut String, verb: &str, family: &str, set: &str, element: &str) {
-    // Writing to a string cannot fail.
-    let _ = writeln!(
-        script,
-        "{verb} element {family} cloison {set} {{ {element} }}"
-    );
-}
-
-fn remove(elements: Vec<Element>) -> String {
-    let mut script = String::new();
-    for (family, set, element) in elements {
-        line(&mut script, "add", family, set, &element);
-        line(&mut script, "delete", family, set, &element);
-    }
-    script
+    bytes
 }
 
 fn network_elements(network: &Network) -> Vec<Element> {
-    let bridge = network.bridge();
+    let bridge = interface(&network.bridge());
     let mut elements = vec![
-        ("inet", "bridges", format!("\"{bridge}\"")),
-        ("inet", "pairs", format!("\"{bridge}\" . \"{bridge}\"")),
-        ("inet", "subnets4", network.subnet.to_string()),
+        Element::new(Inet, "bridges", &[&bridge]),
+        Element::new(Inet, "pairs", &[&bridge, &bridge]),
     ];
+    elements.extend(range("subnets4", network.subnet.into()));
     if let Some(subnet) = network.subnet6 {
-        elements.push(("inet", "subnets6", subnet.to_string()));
+        elements.extend(range("subnets6", subnet.into()));
     }
     elements
 }
 
+/// A subnet as its first address and the first one behind it.
+fn range(set: &'static str, net: IpNet) -> Vec<Element> {
+    let first = Element::new(Inet, set, &[&octets(net.network())]);
+    let behind = match net.broadcast() {
+        IpAddr::V4(last) => last
+            .to_bits()
+            .checked_add(1)
+            .map(Ipv4Addr::from_bits)
+            .map(IpAddr::V4),
+        IpAddr::V6(last) => {
+            let next = last.to_bits().checked_add(1);
+            next.map(|bits| IpAddr::V6(bits.into()))
+        }
+    };
+    let behind = behind.map(|address| Element {
+        ends: true,
+        ..Element::new(Inet, set, &[&octets(address)])
+    });
+    std::iter::once(first).chain(behind).collect()
+}
+
 fn sandbox_elements(record: &Record, network: &Network) -> Vec<Element> {
-    let (port, mac) = (record.port(), record.mac);
-    let link_local = mac.link_local();
+    let (port, mac) = (interface(&record.port()), record.mac.bytes());
+    let link_local = record.mac.link_local();
+    let host = |set, address: &[u8]| Element::new(Bridge, set, &[&port, &mac, address]);
     let mut elements = vec![
-        ("bridge", "ports", format!("\"{port}\"")),
-        (
-            "bridge",
-            "hosts4",
-            format!("\"{port}\" . {mac} . {}", record.address),
-        ),
-        (
-            "bridge",
-            "hosts6",
-            format!("\"{port}\" . {mac} . {link_local}"),
-        ),
+        Element::new(Bridge, "ports", &[&port]),
+        host("hosts4", &record.address.octets()),
+        host("hosts6", &link_local.octets()),
     ];
     if let Some(address) = record.address6 {
-        let host = format!("\"{port}\" . {mac} . {address}");
-        elements.push(("bridge", "hosts6", host));
+        elements.push(host("hosts6", &address.octets()));
     }
     if record.egress.is_some() {
-        let jump = format!("jump {}", chain(record.index));
-        elements.push(("inet", "egress4", format!("{} : {jump}", record.address)));
+        let policy = |set, address: &[u8]| Element {
+            value: Value::Verdict(Verdict::Jump(chain(record.index))),
+            ..Element::new(Inet, set, &[address])
+        };
+        elements.push(policy("egress4", &record.address.octets()));
         for address in record.address6.into_iter().chain([link_local]) {
-            elements.push(("inet", "egress6", format!("{address} : {jump}")));
+            elements.push(policy("egress6", &address.octets()));
         }
     }
+    elements.extend(published(record, network));
+    elements
+}
+
+/// The sandbox's published ports, and where they lead.
+fn published(record: &Record, network: &Network) -> Vec<Element> {
     let ipv6 = network.subnet6.is_some();
+    let mut elements = Vec::new();
     for mapping in record.publish.iter().flat_map(|p| p.mappings()) {
+        let [.., protocol] = match mapping.protocol {
+            Protocol::Tcp => libc::IPPROTO_TCP,
+            Protocol::Udp => libc::IPPROTO_UDP,
+        }
+        .to_be_bytes();
+        let (host, container) = (mapping.host.to_be_bytes(), mapping.container.to_be_bytes());
         for socket in mapping.sockets(ipv6) {
-            let key = format!("{} . {}", mapping.protocol, mapping.host);
             let to = match (socket.ip(), record.address6) {
-                (IpAddr::V4(_), _) => record.address.to_string(),
-                (IpAddr::V6(_), Some(address)) => address.to_string(),
+                (IpAddr::V4(_), _) => record.address.octets().to_vec(),
+                (IpAddr::V6(_), Some(address)) => address.octets().to_vec(),
                 (IpAddr::V6(_), None) => continue,
             };
-            let to = format!("{to} . {}", mapping.container);
-            elements.push(match (socket.ip(), socket.ip().is_unspecified()) {
-                (IpAddr::V4(_), true) => ("inet", "publish4", format!("{key} : {to}")),
-                (IpAddr::V6(_), true) => ("inet", "publish6", format!("{key} : {to}")),
-                (at @ IpAddr::V4(_), false) => {
-                    ("inet", "publish4_at", format!("{at} . {key} : {to}"))
-                }
-                (at @ IpAddr::V6(_), false) => {
-                    ("inet", "publish6_at", format!("{at} . {key} : {to}"))
-                }
+            let at = octets(socket.ip());
+            let everywhere: [&[u8]; 2] = [&[protocol], &host];
+            let somewhere: [&[u8]; 3] = [&at, &[protocol], &host];
+            let (set, key): (_, &[&[u8]]) = match (socket.ip(), socket.ip().is_unspecified()) {
+                (IpAddr::V4(_), true) => ("publish4", &everywhere),
+                (IpAddr::V6(_), true) => ("publish6", &everywhere),
+                (IpAddr::V4(_), false) => ("publish4_at", &somewhere),
+                (IpAddr::V6(_), false) => ("publish6_at", &somewhere),
+            };
+            elements.push(Element {
+                value: Value::Data(concatenation(&[&to, &container])),
+                ..Element::new(Inet, set, key)
             });
         }
     }

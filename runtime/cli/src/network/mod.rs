@@ -83,9 +83,9 @@ impl Held {
 
 /// What is used when nothing is asked for: `bridge`, unless this host lacks what that is made with.
 fn default() -> NetworkArg {
-    if program("nft").is_none() && user::find().is_some() {
+    if !Networks::available() && user::find().is_some() {
         eprintln!(
-            "cloison: using --network user: nft, of which bridge is made, is missing (`apt-get install nftables`)"
+            "cloison: using --network user: this host's kernel lacks what bridge is made of (nf_tables)"
         );
         return NetworkArg::User;
     }

@@ -14,7 +14,7 @@ use cloison_net::{Egress, Mac, Networks, Publication};
 #[derive(Debug, Args)]
 pub struct NetworkOptions {
     /// bridge, none, user, the name of a network, or ns:PATH for the interfaces of a network namespace [default: bridge, or user where
-    /// nft is missing]
+    /// the kernel lacks nf_tables]
     #[arg(long, alias = "net", value_name = "NETWORK", env = "CLOISON_NETWORK")]
     pub network: Option<NetworkArg>,
     /// Have a port of the host, or a range of them, lead to the container

@@ -98,7 +98,7 @@ async fn whichever_step_of_detaching_was_the_last_the_next_attempt_ends_it() {
         }
         steps += 1;
     }
-    assert_eq!(steps, 4);
+    assert_eq!(steps, 3);
 }
 
 #[tokio::test]
