@@ -84,6 +84,7 @@ pub struct Container {
     id: ContainerId,
     cgroup: Arc<Cgroup>,
     defaults: Defaults,
+    shared_memory: Option<PathBuf>,
     shared: Arc<Shared>,
     phase: Mutex<Phase>,
     /// Held by verbs that change the phase, for as long as they take.
@@ -127,6 +128,7 @@ impl Container {
             id,
             cgroup: Arc::new(Cgroup::new(spec.cgroup.clone())),
             defaults: spec.defaults.clone(),
+            shared_memory: spec.shared_memory.clone(),
             shared,
             phase: Mutex::new(Phase::Creating),
             changing: tokio::sync::Mutex::new(()),
@@ -139,6 +141,11 @@ impl Container {
     /// Path of its cgroup within the hierarchy.
     pub fn cgroup_path(&self) -> &Path {
         &self.cgroup.path
+    }
+
+    /// The directory that is bound to its /dev/shm, if one is.
+    pub fn shared_memory(&self) -> Option<&Path> {
+        self.shared_memory.as_deref()
     }
 
     /// Creates it: afterwards its init waits to be started. On failure nothing of it is left.
@@ -158,6 +165,12 @@ impl Container {
         self.allow_devices(&spec.devices)?;
         for (file, value) in &spec.network_settings {
             fs::write(file, value).doing(|| format!("writing {value:?} to {}", file.display()))?;
+        }
+        if let Some(shm) = &spec.shared_memory {
+            // What the host has mounted there is a file system of its own for the kernel, made by the first look into it and for the mount
+            // namespace that looks. Containers with one IPC namespace must find the same, so it is made here. If it cannot be, the container
+            // cannot be made either, and says why.
+            let _ = fs::metadata(shm.join("."));
         }
         let owner = self.defaults.outside(spec.workload.uid);
         let terminal = spec.workload.terminal.is_some();

@@ -14,6 +14,8 @@ pub mod helper;
 mod ids;
 pub mod init;
 mod interfaces;
+mod joined;
+mod lifeline;
 mod mounts;
 mod netlink;
 mod process;

@@ -5,12 +5,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::unistd::Pid;
-use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
-use crate::connect::Stream;
 use crate::error::{Doing, Error, Result};
+use crate::lifeline::Lifeline;
 use crate::reaper::{Exit, ExitWatch, ended};
 use crate::stdio::Streams;
 use crate::sys;
@@ -61,15 +60,11 @@ impl Process {
 
     /// Kills the process when the host's end of `lifeline` is closed, whatever else comes through it.
     pub fn tie(process: &Arc<Self>, lifeline: OwnedFd) -> Result<()> {
-        let mut lifeline = Stream::new(lifeline).doing(|| "watching a lifeline".into())?;
+        let lifeline = Lifeline::new(lifeline).doing(|| "watching a lifeline".into())?;
         let process = Arc::clone(process);
         tokio::spawn(async move {
-            let cut = async {
-                let mut ignored = [0; 64];
-                while let Ok(1..) = lifeline.read(&mut ignored).await {}
-            };
             tokio::select! {
-                () = cut => {
+                () = lifeline.cut() => {
                     // It may have ended at the same moment.
                     let _ = process.signal(KILL);
                 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -14,20 +14,24 @@ use cloison_agent_api::agent::{
     ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeviceRequest, Empty, ExecRequest, HelloRequest, HelloResponse,
     Interface, InterfaceRequest, ListProcessesResponse, ProcessRequest, ProcessResponse,
-    ResizeTtyRequest, ResolverRequest, SignalRequest, Stdio, TtySize, UpdateContainerRequest,
-    WaitResponse,
+    ResizeTtyRequest, ResolverRequest, ShutdownRequest, SignalRequest, Stdio, TtySize,
+    UpdateContainerRequest, WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
 use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
+use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::boot;
 use crate::container::{Container, Shared, Status};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Doing, Error, Result, chain};
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::interfaces::{self, Interfaces};
+use crate::joined;
+use crate::lifeline::Lifeline;
 use crate::random;
 use crate::resolver::Resolver;
 use crate::slots;
@@ -46,6 +50,8 @@ pub struct Service {
     shared: Arc<Shared>,
     containers: Arc<Mutex<Containers>>,
     interfaces: Interfaces,
+    /// How many containers hang on lifelines.
+    tied: watch::Sender<usize>,
     over: Arc<AtomicBool>,
 }
 
@@ -55,6 +61,7 @@ impl Service {
             shared: Arc::new(shared),
             containers: Arc::default(),
             interfaces: Interfaces::default(),
+            tied: watch::Sender::new(0),
             over: Arc::default(),
         }
     }
@@ -105,15 +112,71 @@ impl Service {
         let id = container_id(&request.container_id)?;
         let window = window(request.tty_size.as_ref())?;
         let (sockets, spec) = Sockets::open(&request.sockets, &request.spec, &self.shared)?;
+        let spec = joined::fill_in(&request.namespaces, spec, |id| self.init(id))?;
         let spec = spec::container(&id, &spec, window)?;
+        let lifeline = stdio::stream(&*self.shared.connect, request.lifeline).await?;
+        let lifeline = lifeline.map(Lifeline::new).transpose();
+        let lifeline = lifeline.doing(|| "watching a lifeline".into())?;
         let shared = Arc::clone(&self.shared);
         let container = Arc::new(Container::new(id.clone(), &spec, sockets, shared));
         self.add(&id, &container)?;
         let created = container.create(spec, ports(request.stdio.as_ref())).await;
-        if created.is_err() {
-            self.containers().remove(&id);
+        match (&created, lifeline) {
+            (Err(_), _) => drop(self.containers().remove(&id)),
+            (Ok(_), Some(lifeline)) => self.tie(id, &container, lifeline),
+            (Ok(_), None) => {}
         }
         created.map(process_response)
+    }
+
+    /// The first process of a container, whose namespaces are to be another's as well.
+    fn init(&self, id: &str) -> Result<nix::unistd::Pid> {
+        let init = self.container(id)?.init();
+        let init = init.filter(|init| !init.has_ended()).ok_or(Error::Ended)?;
+        Ok(init.pid())
+    }
+
+    /// Kills and deletes the container when its lifeline is cut.
+    fn tie(&self, id: ContainerId, container: &Arc<Container>, lifeline: Lifeline) {
+        let service = self.clone();
+        let container = Arc::downgrade(container);
+        self.tied.send_modify(|tied| *tied += 1);
+        tokio::spawn(async move {
+            service.at_the_cut(id, container, lifeline).await;
+            service.tied.send_modify(|tied| *tied -= 1);
+        });
+    }
+
+    async fn at_the_cut(&self, id: ContainerId, container: Weak<Container>, lifeline: Lifeline) {
+        lifeline.cut().await;
+        // One that is deleted already is nobody's any more, and its ID may be another's.
+        let known = self.containers().get(&id).cloned();
+        let same = |known: &Arc<Container>| Weak::ptr_eq(&Arc::downgrade(known), &container);
+        let Some(container) = known.filter(same) else {
+            return;
+        };
+        match container.delete(true).await {
+            Ok(()) => self.forget(&id, &container),
+            Err(error) => tracing::warn!("container {id} is left: {}", chain(&error)),
+        }
+    }
+
+    /// Lets go of a container that is deleted, and of its shared memory if that was nobody else's. Its ID may be another's by now.
+    fn forget(&self, id: &ContainerId, container: &Arc<Container>) {
+        let mut containers = self.containers();
+        if containers
+            .get(id)
+            .is_some_and(|c| Arc::ptr_eq(c, container))
+        {
+            containers.remove(id);
+        }
+        let Some(shm) = container.shared_memory() else {
+            return;
+        };
+        if !containers.values().any(|c| c.shared_memory() == Some(shm)) {
+            // Where nothing of the host's was mounted, nothing is here.
+            let _ = umount2(shm, MntFlags::MNT_DETACH);
+        }
     }
 
     async fn exec_process(self, request: ExecRequest) -> Result<ProcessResponse> {
@@ -135,7 +198,7 @@ impl Service {
         let id = container_id(&request.container_id)?;
         let container = self.container(id.as_str())?;
         container.delete(request.force).await?;
-        self.containers().remove(&id);
+        self.forget(&id, &container);
         Ok(Empty::new())
     }
 
@@ -156,7 +219,10 @@ impl Service {
         Ok(Empty::new())
     }
 
-    async fn end(self) -> Result<Empty> {
+    async fn end(self, grace: Duration) -> Result<Empty> {
+        let mut tied = self.tied.subscribe();
+        // Whoever takes longer is killed with the others.
+        let _ = tokio::time::timeout(grace, tied.wait_for(|tied| *tied == 0)).await;
         let all: Vec<_> = self.containers().values().cloned().collect();
         for container in &all {
             container.kill().await?;
@@ -483,7 +549,8 @@ impl Agent for Service {
         whole(self.clone().resolver(request)).await
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        whole(self.clone().end()).await
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let grace = Duration::from_millis(request.grace_ms.into());
+        whole(self.clone().end(grace)).await
     }
 }

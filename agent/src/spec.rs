@@ -76,6 +76,8 @@ pub struct ContainerSpec {
     pub devices: Vec<Rule>,
     /// Settings of the guest's own network, which is the container's: a file below /proc/sys, and what to write into it.
     pub network_settings: Vec<(PathBuf, String)>,
+    /// The directory that is bound to /dev/shm, if one is.
+    pub shared_memory: Option<PathBuf>,
     pub defaults: Defaults,
 }
 
@@ -186,8 +188,17 @@ pub fn container(
         cpus,
         devices,
         network_settings,
+        shared_memory: shared_memory(&spec),
         defaults,
     })
+}
+
+fn shared_memory(spec: &Spec) -> Option<PathBuf> {
+    let mut mounts = spec.mounts().iter().flatten();
+    let shm = mounts.find(|mount| mount.destination() == Path::new("/dev/shm"))?;
+    let bound = |option: &String| option == "bind" || option == "rbind";
+    let is_bound = shm.options().iter().flatten().any(bound);
+    shm.source().clone().filter(|_| is_bound)
 }
 
 /// Reads the process of an exec.

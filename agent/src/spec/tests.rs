@@ -322,3 +322,18 @@ fn a_read_only_dev_becomes_so_when_all_is_in_it() {
     assert_eq!(of("tmpfs", json!(["nosuid"])), []);
     assert_eq!(of("bind", json!(["rbind", "ro"])), []);
 }
+
+#[test]
+fn shared_memory_is_what_is_bound_to_it() {
+    let mounted = |mount: Value| {
+        let spec = with("", "mounts", json!([mount]));
+        parse(&spec).unwrap().shared_memory
+    };
+    let bound =
+        json!({ "destination": "/dev/shm", "source": "/s", "options": ["nosuid", "rbind"] });
+    assert_eq!(mounted(bound), Some(PathBuf::from("/s")));
+    let own = json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm" });
+    assert_eq!(mounted(own), None);
+    let other = json!({ "destination": "/x", "source": "/s", "options": ["bind"] });
+    assert_eq!(mounted(other), None);
+}

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use cloison_agent_api::agent::{Empty, HelloRequest, Status};
+use cloison_agent_api::agent::{HelloRequest, ShutdownRequest, Status};
 use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -467,7 +467,7 @@ pub async fn shutdown_kills_everything(guest: Guest) {
         .await;
     guest
         .client
-        .shutdown(context(), &Empty::new())
+        .shutdown(context(), &ShutdownRequest::new())
         .await
         .unwrap();
     assert_eq!(container.wait().await.exit_code, 137);

@@ -124,7 +124,7 @@ impl Monitor {
             }
         }
         if matches!(lived, Ok(Outcome::Exited(_))) {
-            vm.shut_down().await;
+            vm.shut_down(std::time::Duration::ZERO).await;
         }
         let lived = match lived {
             Err(lost) => {
@@ -190,7 +190,7 @@ impl Monitor {
             let size = tty.then(terminal::size).flatten();
             let created = async {
                 let created = agent
-                    .create(id.as_str(), &spec, stdio, size, Vec::new())
+                    .create(id.as_str(), &spec, stdio, size, Vec::new(), None)
                     .await;
                 created.map_err(anyhow::Error::from)
             };

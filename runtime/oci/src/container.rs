@@ -52,6 +52,30 @@ pub struct Record {
     pub phase: Phase,
     /// The process that stands for its init; 0 while there is none.
     pub pid: i32,
+    /// Where it is, if not in a VM of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joined: Option<Joined>,
+    /// Its shared memory, if that is the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shm: Option<SharedMemory>,
+}
+
+/// A file system of the host's that callers bind to /dev/shm, to have it in common for containers with one IPC namespace.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SharedMemory {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the guest.
+    pub in_guest: PathBuf,
+}
+
+/// The place of a container in the VM of another.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Joined {
+    /// The container whose VM it is.
+    pub vm: Id,
+    /// Where the guest finds its files. Not its own ID, which it may have again when it is gone and made anew.
+    pub place: Id,
 }
 
 /// How far a container has come, as its last verb left it.
@@ -199,6 +223,12 @@ impl Container {
         Sandbox::open(&self.home, &self.id)
     }
 
+    /// The sandbox whose VM it is in.
+    pub fn vm(&self, record: &Record) -> Sandbox {
+        let id = record.joined.as_ref().map_or(&self.id, |joined| &joined.vm);
+        Sandbox::open(&self.home, id)
+    }
+
     /// Its directory.
     pub fn dir(&self) -> PathBuf {
         self.home.sandbox(&self.id)
@@ -306,6 +336,11 @@ impl Container {
         // A record that cannot be read is of a container that never had a cgroup.
         if let Ok(record) = self.record() {
             HostCgroup::at(&record.cgroup)?.remove()?;
+            if let Some(joined) = &record.joined {
+                let vm = self.vm(&record);
+                let monitor = MonitorLock::holder(vm.dir())?.filter(|pid| *pid > 0);
+                vm.withdraw(&self.sandbox(), &joined.place, monitor)?;
+            }
         }
         Ok(self.sandbox().remove()?)
     }
@@ -353,6 +388,8 @@ impl Record {
             cgroup,
             phase: Phase::Creating,
             pid: 0,
+            joined: None,
+            shm: None,
         }
     }
 }

@@ -4,17 +4,18 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use cloison_sandbox::{Home, Parts};
+use cloison_sandbox::{Home, Parts, mount_in_guest};
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::{Hooks, Spec};
 
 use crate::args::Create;
 use crate::channel::{Order, VerbEnd};
-use crate::container::{Container, Phase, Record, Status};
+use crate::container::{Container, Joined, Phase, Record, SharedMemory, Status};
 use crate::fork::{Child, Side, split, write_pid};
 use crate::hooks;
 use crate::log::Log;
-use crate::monitor::{self, Job};
+use crate::monitor::{self, Job, Place};
+use crate::pod::Membership;
 use crate::translate::Plan;
 
 /// Creates a container.
@@ -25,6 +26,49 @@ pub fn create(home: &Home, log: &Log, systemd: bool, args: &Create) -> Result<()
 /// Whether guests may start from templates: CLOISON_TEMPLATE, as for `cloison run`.
 fn wants_template() -> bool {
     std::env::var_os("CLOISON_TEMPLATE").is_none_or(|choice| choice != "off")
+}
+
+/// The VM for a container that is given one of its own, its engine, and why that.
+fn own_vm(home: &Home, log: &Log, args: &Create, plan: &Plan) -> Result<(Place, Engine, String)> {
+    // What is left of probing KVM may be a thread, and a process with several cannot be split.
+    let Chosen { engine, reason, .. } = choose(plan.engine)?;
+    if plan.engine == EngineChoice::Auto && engine == Engine::Software {
+        log.info(&reason);
+    }
+    let parts = Parts::from_env();
+    let vm = VmSpec {
+        id: args.container.clone(),
+        engine,
+        memory_mib: plan.size.memory_mib,
+        vcpus: plan.size.vcpus,
+        max_vcpus: plan.size.vcpus,
+        max_memory_mib: plan.size.memory_mib,
+        // The monitor knows which there are.
+        spare_nics: 0,
+        kernel: parts.kernel()?,
+        initramfs: parts.initramfs()?,
+        cmdline: String::new(),
+        qemu: parts.qemu(),
+        template: (engine == Engine::Software && wants_template()).then(|| home.template()),
+    };
+    vm.validate()
+        .context("cannot make a VM for this container")?;
+    Ok((Place::Own(vm), engine, reason))
+}
+
+/// The container's shared memory, for others that will have its IPC namespace.
+fn shared_memory(id: &str, plan: &Plan, joined: Option<&Joined>) -> Result<Option<SharedMemory>> {
+    let Some((number, bind)) = plan.shared_memory() else {
+        return Ok(None);
+    };
+    let in_guest = match &plan.shm {
+        Some(others) => others.clone(),
+        None => mount_in_guest(joined.map(|j| &j.place), &id.parse()?, number),
+    };
+    Ok(Some(SharedMemory {
+        source: bind.source.clone(),
+        in_guest,
+    }))
 }
 
 /// A container that has been made, and its monitor.
@@ -48,7 +92,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     let text = fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?;
     let spec: Spec = serde_json::from_slice(&text)
         .with_context(|| format!("cannot understand {}", config.display()))?;
-    let plan = Plan::new(&args.container, spec.clone(), &bundle, systemd)?;
+    let mut plan = Plan::new(&args.container, spec.clone(), &bundle, systemd)?;
     let has_socket = args.console_socket.is_some();
     ensure!(
         plan.terminal.is_none() || has_socket || !detached,
@@ -58,35 +102,29 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         plan.terminal.is_some() || !has_socket,
         "cannot use console socket if runc will not detach or allocate tty"
     );
-    // What is left of probing KVM may be a thread, and a process with several cannot be split.
-    let Chosen { engine, reason, .. } = choose(plan.engine)?;
-    if plan.engine == EngineChoice::Auto && engine == Engine::Software {
-        log.info(&reason);
-    }
     for note in &plan.notes {
         log.info(note);
     }
-    let parts = Parts::from_env();
-    let vm = VmSpec {
-        id: args.container.clone(),
-        engine,
-        memory_mib: plan.size.memory_mib,
-        vcpus: plan.size.vcpus,
-        max_vcpus: plan.size.vcpus,
-        max_memory_mib: plan.size.memory_mib,
-        // The monitor knows which there are.
-        spare_nics: 0,
-        kernel: parts.kernel()?,
-        initramfs: parts.initramfs()?,
-        cmdline: String::new(),
-        qemu: parts.qemu(),
-        template: (engine == Engine::Software && wants_template()).then(|| home.template()),
+    let (place, engine, engine_reason) = match Membership::find(home, &plan)? {
+        Some(membership) => {
+            for note in membership.notes(&plan)? {
+                log.info(note);
+            }
+            let (engine, reason) = (membership.engine, membership.engine_reason.clone());
+            (Place::In(membership), engine, reason)
+        }
+        None => own_vm(home, log, args, &plan)?,
     };
-    vm.validate()
-        .context("cannot make a VM for this container")?;
 
     let rootfs = plan.rootfs.clone();
-    let record = Record::new(bundle, rootfs, plan.cgroup.clone(), engine, reason);
+    let mut record = Record::new(bundle, rootfs, plan.cgroup.clone(), engine, engine_reason);
+    if let Place::In(membership) = &place {
+        record.joined = Some(membership.joined.clone());
+        plan.shm = plan
+            .shared_memory()
+            .and_then(|(_, bind)| membership.shared_memory(&bind.source));
+    }
+    record.shm = shared_memory(&args.container, &plan, record.joined.as_ref())?;
     let host_hooks = plan.hooks.clone();
     let container = Container::create(home, &args.container, &record, &text)?;
     let verb_lock = container.lock()?;
@@ -95,7 +133,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         container: container.clone(),
         record: record.clone(),
         plan,
-        vm,
+        place,
         console_socket: console_socket.transpose()?,
         log: log.clone(),
     };

@@ -15,15 +15,16 @@ use crate::{print, runtime};
 /// Prints statistics, once or until the container stops.
 pub fn events(home: &Home, args: &Events) -> Result<()> {
     let container = Container::find(home, &args.container)?;
+    let (status, record) = container.status()?;
     ensure!(
-        container.status()?.0 != Status::Stopped,
+        status != Status::Stopped,
         "container with id {} is not running",
         container.id()
     );
     let period = period(&args.interval)?;
     let id = container.id().as_str();
     runtime()?.block_on(async {
-        let agent = container.sandbox().connect_agent()?;
+        let agent = container.vm(&record).connect_agent()?;
         agent.hello().await?;
         if args.stats {
             print(stats(id, &agent.usage(id).await?)?);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{
-    Attached, CgroupPlace, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
+    Attached, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
@@ -16,7 +16,7 @@ use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
 use crate::args::Exec;
 use crate::channel::{self, Order, ProcessEnd, Report, VerbEnd};
 use crate::console::{Console, inherited_size, inherited_streams};
-use crate::container::{Container, Status};
+use crate::container::{Container, Record, Status};
 use crate::fork::{Side, split, take_stdio, write_pid};
 use crate::log::Log;
 use crate::standin::{self, Sizes};
@@ -28,10 +28,7 @@ const LOST: u8 = 255;
 /// A process that is to be run.
 struct Job {
     container: Container,
-    /// The container's monitor.
-    monitor: i32,
-    /// The cgroup of its processes on the host.
-    cgroup: CgroupPlace,
+    record: Record,
     process: Process,
     console_socket: Option<PathBuf>,
 }
@@ -64,8 +61,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
     let console_socket = args.console_socket.as_deref().map(std::path::absolute);
     let job = Job {
         container,
-        monitor: record.pid,
-        cgroup: record.cgroup,
+        record,
         process,
         console_socket: console_socket.transpose()?,
     };
@@ -154,8 +150,8 @@ fn serve(job: Job, channel: UnixStream) -> u8 {
 
 fn stand_in(job: Job, channel: UnixStream) -> Result<u8> {
     let stdio = take_stdio()?;
-    HostCgroup::at(&job.cgroup)?.enter()?;
-    network::enter(Path::new(&format!("/proc/{}/ns/net", job.monitor)))?;
+    HostCgroup::at(&job.record.cgroup)?.enter()?;
+    network::enter(Path::new(&format!("/proc/{}/ns/net", job.record.pid)))?;
     let (streams, sizes) = match (translate::terminal(&job.process), &job.console_socket) {
         (Some(size), Some(socket)) => {
             let console = Console::hand_over(socket, size)?;
@@ -179,7 +175,7 @@ impl Job {
         mut signals: Signals,
         channel: Option<ProcessEnd>,
     ) -> Result<u8> {
-        let sandbox = self.container.sandbox();
+        let sandbox = self.container.vm(&self.record);
         let id = self.container.id().as_str();
         let exec_id = Id::random().context("cannot make an ID")?;
         let lifeline = Lifeline::attach(sandbox.control()?)?;

@@ -10,7 +10,8 @@ use crate::runtime;
 /// Sends a signal.
 pub fn kill(home: &Home, args: &Kill) -> Result<()> {
     let container = Container::find(home, &args.container)?;
-    match container.status()?.0 {
+    let (status, record) = container.status()?;
+    match status {
         // All of its processes have got it: there are none.
         Status::Stopped if args.all => return Ok(()),
         Status::Stopped => bail!("container not running"),
@@ -18,7 +19,7 @@ pub fn kill(home: &Home, args: &Kill) -> Result<()> {
         Status::Created | Status::Running | Status::Paused => {}
     }
     let sent = runtime()?.block_on(async {
-        let agent = container.sandbox().connect_agent()?;
+        let agent = container.vm(&record).connect_agent()?;
         agent.hello().await?;
         let id = container.id().as_str();
         agent.signal(id, "", args.signal, args.all).await?;
@@ -29,8 +30,15 @@ pub fn kill(home: &Home, args: &Kill) -> Result<()> {
             // A guest that does not answer is as good as its container.
             container.end()
         }
+        // Its process has ended, which is all that could be asked for; its VM may be there a little longer.
+        Err(error) if args.signal == nix::libc::SIGKILL && has_ended(&error) => Ok(()),
         other => other,
     }
+}
+
+fn has_ended(error: &anyhow::Error) -> bool {
+    let agent = error.downcast_ref::<AgentError>();
+    agent.is_some_and(|agent| agent.failure == Failure::NotFound)
 }
 
 fn is_lost(error: &anyhow::Error) -> bool {

@@ -1,20 +1,23 @@
 //! A container's monitor: the process whose pid the caller gets. It is in the container's network namespace, has the mounts that the
 //! guest sees in a mount namespace of its own, launches the VM and lives until the container's init has ended and the VM is gone;
-//! then it exits with the init's status. The VM ends with it, however it ends.
+//! then it exits with the init's status. The VM ends with it, however it ends. That of a container in the VM of another does not
+//! launch one (`join`).
 
 use std::convert::Infallible;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloison_agent_api::TEMPLATE_NIC_SLOTS;
 use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, Error, ExitStatus, HostCgroup, HostLimits, MonitorLock, Network, Resolver, Running,
-    Sandbox, Signals, Streams, Wiring, enter_private_namespace, loopback_resolver,
+    Attached, BindOptions, Error, ExitStatus, HostCgroup, HostLimits, Joined, MonitorLock, Network,
+    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, Wiring, enter_private_namespace,
+    loopback_resolver,
 };
 use cloison_vmm::{ControlClient, VmSpec};
 use oci_spec::runtime::{Hook, Spec};
@@ -24,16 +27,21 @@ use crate::console::{Console, inherited_size, inherited_streams};
 use crate::container::{Container, Record, Status};
 use crate::fork::take_stdio;
 use crate::log::Log;
+use crate::pod::Membership;
 use crate::rendezvous::Rendezvous;
 use crate::standin::{self, Sizes};
 use crate::translate::{Plan, Socket};
-use crate::{hooks, runtime};
+use crate::{hooks, join, runtime};
 
 /// Status of a container whose VM was lost: nobody knows its own.
 const LOST: u8 = 255;
 
 /// Network devices of a guest on an engine that cannot add any later.
 const NICS: usize = TEMPLATE_NIC_SLOTS.len();
+
+/// What containers in the VM of one that has ended are given to end by themselves: when all are told to stop at once, as podman does with a
+/// pod, the first one must not take the others' time. It is what docker and podman give by default.
+const GRACE: Duration = Duration::from_secs(10);
 
 const NO_NETWORK: &str = "cannot connect the container to its network";
 
@@ -42,37 +50,48 @@ pub struct Job {
     pub container: Container,
     pub record: Record,
     pub plan: Plan,
-    pub vm: VmSpec,
+    pub place: Place,
     pub console_socket: Option<PathBuf>,
     pub log: Log,
+}
+
+/// Where a container is to be made.
+pub enum Place {
+    /// In a VM of its own.
+    Own(VmSpec),
+    /// In another's.
+    In(Membership),
 }
 
 impl Job {
     /// The memory limit is for a container that has one itself: without, the VM's size is a default that promises nothing.
     fn host_limits(&self) -> HostLimits {
-        HostLimits {
-            memory: self
-                .plan
-                .memory_is_limited()
-                .then(|| self.plan.size.on_host(self.vm.engine)),
-            ..self.plan.host_limits.clone()
+        match &self.place {
+            Place::Own(vm) => HostLimits {
+                memory: self
+                    .plan
+                    .memory_is_limited()
+                    .then(|| self.plan.size.on_host(vm.engine)),
+                ..self.plan.host_limits.clone()
+            },
+            // The VM is elsewhere, and the guest's cgroup has all that limits one container in it.
+            Place::In(_) => HostLimits::default(),
         }
     }
 }
 
 /// A container that is ready to be made in a guest.
-struct Ready {
-    id: String,
+pub struct Ready {
+    pub id: String,
     sandbox: Sandbox,
-    vm: VmSpec,
     spec: Spec,
-    streams: Streams,
-    sizes: Sizes,
+    pub streams: Streams,
+    pub sizes: Sizes,
     first_size: Option<TtySize>,
     sockets: Vec<HostSocket>,
     hooks: Option<Vec<Hook>>,
     resolv_conf: Option<PathBuf>,
-    log: Log,
+    pub log: Log,
 }
 
 /// The monitor's whole life, and its exit status.
@@ -102,18 +121,26 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     let cgroup = HostCgroup::at(&job.plan.cgroup)?;
     cgroup.create(&job.host_limits())?;
     job.plan.network.enter()?;
-    enter_private_namespace()?;
+    // All that the caller has named by its path is where the caller is.
+    let console = match (job.plan.terminal, &job.console_socket) {
+        (Some(size), Some(socket)) => Some(Console::hand_over(socket, size)?),
+        _ => None,
+    };
+    let sources = Sources::open(&job.plan)?;
+    match &job.place {
+        Place::Own(_) => enter_private_namespace()?,
+        Place::In(membership) => membership.enter_mounts()?,
+    }
     channel::tell(&channel, &Report::Ready)?;
 
-    let (streams, sizes) = match (job.plan.terminal, &job.console_socket) {
-        (Some(size), Some(socket)) => {
+    let (streams, sizes) = match (job.plan.terminal, console) {
+        (_, Some(console)) => {
             // A caller may wait for the end of what it gave the command.
             drop(stdio);
-            let console = Console::hand_over(socket, size)?;
             (console.streams()?, Sizes::Console(console))
         }
         (Some(_), None) => (inherited_streams(&stdio, true)?, Sizes::Inherited(stdio)),
-        (None, _) => {
+        (None, None) => {
             let streams = inherited_streams(&stdio, false)?;
             drop(stdio);
             (streams, Sizes::None)
@@ -124,30 +151,13 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         other => other.size(),
     };
     let sandbox = container.sandbox();
-    let mut shared = sandbox.share(container.id())?;
-    shared.bind_rootfs(&job.plan.rootfs)?;
-    let sources: Result<Vec<_>, _> = job
-        .plan
-        .binds
-        .iter()
-        .map(|bind| shared.add_mount(&bind.source, bind.options))
-        .collect();
-    let sockets: Result<Vec<_>> = job
-        .plan
-        .sockets
-        .iter()
-        .map(|socket| offer(&sandbox, socket))
-        .collect();
-    let sockets = sockets?;
+    let (shared, binds, sockets) = sources.show(&container, &job.place)?;
     let hooks = job.plan.hooks.create_container().clone();
     let resolv_conf = job.plan.resolv_conf.clone();
-    let spec = job
-        .plan
-        .into_guest_spec(shared.rootfs_in_guest(), sources?)?;
+    let spec = job.plan.into_guest_spec(shared.rootfs_in_guest(), binds)?;
     let ready = Ready {
         id: container.id().to_string(),
         sandbox,
-        vm: job.vm,
         spec,
         streams,
         sizes,
@@ -159,7 +169,14 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     };
     let mut record = job.record;
     record.pid = std::process::id().cast_signed();
-    let ended = runtime()?.block_on(ready.run(&container, &record, channel, made))?;
+    let ended = runtime()?.block_on(async {
+        match job.place {
+            Place::Own(vm) => ready.run(vm, &container, &record, channel, made).await,
+            Place::In(membership) => {
+                join::run(ready, &membership, &container, &record, channel, made).await
+            }
+        }
+    })?;
     if ended.oom_killed
         && let Err(error) = cgroup.report_oom()
     {
@@ -171,6 +188,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
 impl Ready {
     async fn run(
         mut self,
+        mut spec: VmSpec,
         container: &Container,
         record: &Record,
         channel: UnixStream,
@@ -183,10 +201,10 @@ impl Ready {
         let namespace = Namespace::current().context(NO_NETWORK)?;
         let mut network = Network::new(&namespace).context(NO_NETWORK)?;
         let nics = network.early().await.context(NO_NETWORK)?;
-        self.vm.spare_nics = spare_nics(nics.len());
+        spec.spare_nics = spare_nics(nics.len());
         let (mut vm, wiring) = self
             .sandbox
-            .launch(self.vm.clone(), streams, nics)
+            .launch(spec, streams, nics)
             .context("cannot start the container's VM")?;
         let lived = {
             let agent = vm.agent().clone();
@@ -197,7 +215,7 @@ impl Ready {
                 channel.order().await?;
                 network.settle(&agent, &control).await.context(NO_NETWORK)?;
                 let rendezvous = Rendezvous::at(&container.dir())?;
-                self.make(&agent, &wiring, container, record, &mut channel)
+                self.make(&agent, &wiring, None, container, record, &mut channel)
                     .await?;
                 *made = true;
                 let followed = async {
@@ -225,7 +243,7 @@ impl Ready {
         };
         let lived = match lived {
             Ok(status) => {
-                vm.shut_down().await;
+                vm.shut_down(GRACE).await;
                 Ok(status)
             }
             Err(error) => Err(explain(&mut vm, error).await),
@@ -235,10 +253,11 @@ impl Ready {
     }
 
     /// Makes the container in the guest.
-    async fn make(
+    pub async fn make(
         &self,
         agent: &cloison_sandbox::Agent,
         wiring: &Wiring,
+        joined: Option<Joined<'_>>,
         container: &Container,
         record: &Record,
         channel: &mut ProcessEnd,
@@ -248,7 +267,14 @@ impl Ready {
         let stdio = wiring.stdio.clone();
         let size = self.sizes.size().or(self.first_size.clone());
         agent
-            .create(&self.id, &self.spec, stdio, size, self.sockets.clone())
+            .create(
+                &self.id,
+                &self.spec,
+                stdio,
+                size,
+                self.sockets.clone(),
+                joined,
+            )
             .await
             .map_err(Error::from)?;
         channel.tell(&Report::Made).await
@@ -309,7 +335,8 @@ impl Ready {
         Ok(())
     }
 
-    async fn stand_in(
+    /// Stands for the container's init until that has ended.
+    pub async fn stand_in(
         &self,
         agent: &cloison_sandbox::Agent,
         wiring: Wiring,
@@ -335,13 +362,68 @@ fn spare_nics(early: usize) -> u8 {
     u8::try_from(spare).unwrap_or(0)
 }
 
-/// Lets the guest reach a socket of the host, under the permissions that it has there.
-fn offer(sandbox: &Sandbox, socket: &Socket) -> Result<HostSocket> {
+/// What of the host a guest is to see of a container, as the caller sees it.
+struct Sources {
+    rootfs: Source,
+    binds: Vec<Source>,
+    sockets: Vec<(HostSocket, Source)>,
+}
+
+impl Sources {
+    fn open(plan: &Plan) -> Result<Self> {
+        let recursive = BindOptions {
+            recursive: true,
+            ..BindOptions::default()
+        };
+        let binds = plan.binds.iter();
+        let binds = binds.map(|bind| Source::open(&bind.source, bind.options));
+        let sockets = plan.sockets.iter().map(|socket| {
+            let source = Source::open(&socket.source, BindOptions::default())?;
+            Ok((host_socket(socket)?, source))
+        });
+        Ok(Self {
+            rootfs: Source::open(&plan.rootfs, recursive)?,
+            binds: binds.collect::<Result<_, _>>()?,
+            sockets: sockets.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Shows it to the guest: the container's part of the shared directory, the sources of its binds there, and its sockets.
+    fn show(
+        self,
+        container: &Container,
+        place: &Place,
+    ) -> Result<(Shared, Vec<PathBuf>, Vec<HostSocket>)> {
+        let (own, id) = (container.sandbox(), container.id());
+        let (mut shared, vm, owner) = match place {
+            Place::Own(_) => (own.share(id)?, own.clone(), id),
+            Place::In(membership) => {
+                let place = &membership.joined.place;
+                (own.share_elsewhere(id, place)?, membership.vm(), place)
+            }
+        };
+        shared.bind_rootfs(self.rootfs)?;
+        let binds = self.binds.into_iter();
+        let binds: Result<Vec<_>, _> = binds.map(|bind| shared.add_mount(bind)).collect();
+        let binds = binds?;
+        if let Place::In(_) = place {
+            vm.show(&own, owner)?;
+        }
+        let offer = |(mut socket, source): (HostSocket, Source)| {
+            socket.port = vm.offer(source, owner)?;
+            Ok(socket)
+        };
+        let sockets: Result<_> = self.sockets.into_iter().map(offer).collect();
+        Ok((shared, binds, sockets?))
+    }
+}
+
+/// A socket of the host as the guest has it, under the permissions that it has there.
+fn host_socket(socket: &Socket) -> Result<HostSocket> {
     let found = fs::metadata(&socket.source)
         .with_context(|| format!("cannot find the socket {}", socket.source.display()))?;
     Ok(HostSocket {
         mount: u32::try_from(socket.mount)?,
-        port: sandbox.offer(&socket.source)?,
         mode: found.mode() & 0o777,
         uid: found.uid(),
         gid: found.gid(),

@@ -27,10 +27,6 @@ impl Network {
     /// When it is one of these, or there is no such namespace.
     pub fn refuse_the_hosts(&self) -> Result<()> {
         let Self::At(path) = self else { return Ok(()) };
-        let identity = |path: &Path| {
-            let found = fs::metadata(path).map(|found| (found.dev(), found.ino()));
-            found.with_context(|| format!("cannot find the network namespace {}", path.display()))
-        };
         let theirs = identity(path)?;
         for hosts in ["/proc/self/ns/net", "/proc/1/ns/net"] {
             if identity(Path::new(hosts)).is_ok_and(|hosts| hosts == theirs) {
@@ -38,6 +34,17 @@ impl Network {
             }
         }
         Ok(())
+    }
+
+    /// Whether it is the namespace at this path.
+    ///
+    /// # Errors
+    /// When one of the two is not there.
+    pub fn is_at(&self, path: &Path) -> Result<bool> {
+        match self {
+            Self::Fresh => Ok(false),
+            Self::At(ours) => Ok(identity(ours)? == identity(path)?),
+        }
     }
 
     /// Moves this process, which has no other thread, into it.
@@ -51,6 +58,11 @@ impl Network {
             Self::At(path) => enter(path),
         }
     }
+}
+
+fn identity(path: &Path) -> Result<(u64, u64)> {
+    let found = fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    found.with_context(|| format!("cannot find the network namespace {}", path.display()))
 }
 
 /// Moves this process, which has no other thread, into the network namespace at `path`.

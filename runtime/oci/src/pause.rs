@@ -26,7 +26,7 @@ fn change(home: &Home, id: &str, phase: Phase) -> Result<()> {
         (status, _) => bail!("container not running: it is {}", status.word()),
     }
     runtime()?.block_on(async {
-        let agent = container.sandbox().connect_agent()?;
+        let agent = container.vm(&record).connect_agent()?;
         agent.hello().await?;
         match phase {
             Phase::Paused => agent.pause(id).await?,

@@ -18,9 +18,10 @@ pub fn start(home: &Home, log: &Log, id: &str) -> Result<()> {
         Status::Creating => bail!("cannot start a container that is being created"),
         Status::Running | Status::Paused => bail!("cannot start an already running container"),
     }
-    rendezvous::await_ready(&container.dir())?;
+    // The network of all containers in a VM is that of the first.
+    rendezvous::await_ready(container.vm(&record).dir())?;
     runtime()?.block_on(async {
-        let agent = container.sandbox().connect_agent()?;
+        let agent = container.vm(&record).connect_agent()?;
         agent.hello().await?;
         agent.start(id).await?;
         anyhow::Ok(())

@@ -14,9 +14,11 @@ use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
 
 use crate::network::Network;
 
-pub use linux::{bytes, update};
+pub use linux::{NamespacePath, bytes, update};
 pub use mounts::{Bind, Socket};
 
+/// Where a container has its shared memory (shm_overview(7)).
+const SHARED_MEMORY: &str = "/dev/shm";
 /// The annotation that chooses the engine.
 const ENGINE_ANNOTATION: &str = "io.cloison.engine";
 /// The variable that chooses it when no annotation does.
@@ -31,6 +33,9 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// What the host shows the guest, in the order of the mounts that use it.
     pub binds: Vec<Bind>,
+    /// Where the guest has the shared memory of the container whose IPC namespace this one's is, if it is the same on the host. What is mapped
+    /// is common only to those who map a file that they have found in one place.
+    pub shm: Option<PathBuf>,
     /// The file of the host that is the container's resolv.conf, if it is one.
     pub resolv_conf: Option<PathBuf>,
     /// Sockets of the host that the guest may connect to.
@@ -39,6 +44,10 @@ pub struct Plan {
     pub size: VmSize,
     /// The network namespace of the VM.
     pub network: Network,
+    /// Namespaces that are to be another container's.
+    pub namespaces: Vec<NamespacePath>,
+    /// Whether the container has a user namespace of its own.
+    pub has_users: bool,
     /// Limits of the VM's processes on the host, but for memory.
     pub host_limits: HostLimits,
     /// Their cgroup.
@@ -89,6 +98,7 @@ impl Plan {
         let linux::Adapted {
             linux,
             network,
+            shared,
             size,
             host: host_limits,
             cgroup,
@@ -114,10 +124,13 @@ impl Plan {
             guest: spec,
             rootfs,
             binds,
+            shm: None,
             resolv_conf,
             sockets,
             size,
             network,
+            namespaces: shared,
+            has_users,
             host_limits,
             cgroup,
             engine,
@@ -138,11 +151,28 @@ impl Plan {
             .is_some_and(|limit| limit > 0)
     }
 
+    /// What is bound to /dev/shm, and its number among the binds.
+    pub fn shared_memory(&self) -> Option<(usize, &Bind)> {
+        let mounts = self.guest.mounts().as_deref().unwrap_or_default();
+        let is_shm = |bind: &Bind| {
+            let mount = mounts.get(bind.mount);
+            mount.is_some_and(|mount| mount.destination() == Path::new(SHARED_MEMORY))
+        };
+        let mut binds = self.binds.iter().enumerate();
+        binds.find(|(_, bind)| is_shm(bind))
+    }
+
     /// The spec for the agent: `rootfs` and `sources` (one for each of [`Plan::binds`]) are where the guest has them.
     ///
     /// # Errors
     /// When a part of it contradicts the OCI specification.
-    pub fn into_guest_spec(self, rootfs: PathBuf, sources: Vec<PathBuf>) -> Result<Spec> {
+    pub fn into_guest_spec(self, rootfs: PathBuf, mut sources: Vec<PathBuf>) -> Result<Spec> {
+        let number = self.shared_memory().map(|(number, _)| number);
+        if let (Some(number), Some(shm)) = (number, &self.shm)
+            && let Some(source) = sources.get_mut(number)
+        {
+            source.clone_from(shm);
+        }
         let mut spec = self.guest;
         let mut root = spec.root().clone().unwrap_or_default();
         root.set_path(rootfs);

@@ -4,14 +4,14 @@ use std::fs;
 use std::io::Read;
 
 use anyhow::{Context, Result, ensure};
-use cloison_sandbox::{Home, HostCgroup};
+use cloison_sandbox::{Home, HostCgroup, Sandbox};
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder,
 };
 
 use crate::args::Update;
 use crate::container::{Container, Status};
-use crate::{runtime, translate};
+use crate::{pod, runtime, translate};
 
 /// Changes the limits.
 pub fn update(home: &Home, args: &Update) -> Result<()> {
@@ -24,20 +24,27 @@ pub fn update(home: &Home, args: &Update) -> Result<()> {
     );
     let (resources, host) = translate::update(resources(args)?)?;
     if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()) {
-        fits(&container, limit)?;
+        fits(&container.vm(&record), limit)?;
+    }
+    if let Some(joined) = &record.joined {
+        pod::refuse_limits_of_the_host(&joined.vm, &host)?;
     }
     runtime()?.block_on(async {
-        let agent = container.sandbox().connect_agent()?;
+        let agent = container.vm(&record).connect_agent()?;
         agent.hello().await?;
         agent.update(container.id().as_str(), &resources).await?;
         anyhow::Ok(())
     })?;
-    Ok(HostCgroup::at(&record.cgroup)?.limit(&host)?)
+    // Beside others in its guest a container's shares are the guest's cgroup's.
+    if record.joined.is_none() {
+        HostCgroup::at(&record.cgroup)?.limit(&host)?;
+    }
+    Ok(())
 }
 
 /// A VM has the memory it was started with: a higher limit would be a promise that nobody can keep.
-fn fits(container: &Container, limit: i64) -> Result<()> {
-    let vm = u64::from(container.sandbox().memory_mib()?) << 20;
+fn fits(vm: &Sandbox, limit: i64) -> Result<()> {
+    let vm = u64::from(vm.size()?.memory_mib) << 20;
     let fits = u64::try_from(limit).map_or(true, |limit| limit <= vm);
     ensure!(
         fits,

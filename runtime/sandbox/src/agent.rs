@@ -142,6 +142,14 @@ pub struct GuestInfo {
     pub uptime: Duration,
 }
 
+/// What a container has of others of its guest, which it came to.
+pub struct Joined<'a> {
+    /// Namespaces.
+    pub namespaces: Vec<api::SharedNamespace>,
+    /// When this is cut, the container is killed and deleted.
+    pub lifeline: &'a Lifeline,
+}
+
 /// A connection to the agent. Clones share it.
 #[derive(Clone)]
 pub struct Agent {
@@ -208,7 +216,7 @@ impl Agent {
     }
 
     /// Creates a container and its init, which waits for [`Agent::start`]. Paths in `spec` are the guest's, but for the sources of
-    /// the mounts that `sockets` are for.
+    /// the mounts that `sockets` are for. One that came to the guest of another is `joined`.
     ///
     /// # Errors
     /// [`AgentError`].
@@ -219,14 +227,18 @@ impl Agent {
         stdio: Stdio,
         tty: Option<TtySize>,
         sockets: Vec<HostSocket>,
+        joined: Option<Joined<'_>>,
     ) -> Result<(), AgentError> {
         let what = CREATE;
+        let lifeline = joined.as_ref().map_or(0, |joined| joined.lifeline.port());
         let request = api::CreateContainerRequest {
             container_id: container.into(),
             spec: json(what, spec)?,
             stdio: Some(stdio).into(),
             tty_size: tty.into(),
             sockets,
+            namespaces: joined.map_or_else(Vec::new, |joined| joined.namespaces),
+            lifeline,
             ..Default::default()
         };
         // The first call of a sandbox may be sent before the guest is up.
@@ -247,6 +259,25 @@ impl Agent {
             .start_container(within(CALL_TIMEOUT), &of(container))
             .await;
         answer.map(drop).map_err(|e| AgentError::new(START, e))
+    }
+
+    /// Removes a container with all that runs in it.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] when there is none.
+    pub async fn delete(&self, container: &str) -> Result<(), AgentError> {
+        let request = api::DeleteContainerRequest {
+            container_id: container.into(),
+            force: true,
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .delete_container(within(CALL_TIMEOUT), &request)
+            .await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("delete the container in its guest", e))
     }
 
     /// Runs one more process in a container; with a lifeline, it is killed when that is cut.
@@ -504,15 +535,17 @@ impl Agent {
         })
     }
 
-    /// Ends every process and writes every file back; the VM may be ended afterwards.
+    /// Ends every process and writes every file back; the VM may be ended afterwards. Containers with a lifeline may take so long to be gone
+    /// by themselves.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn shutdown(&self) -> Result<(), AgentError> {
-        let answer = self
-            .client
-            .shutdown(within(CALL_TIMEOUT), &api::Empty::default())
-            .await;
+    pub async fn shutdown(&self, grace: Duration) -> Result<(), AgentError> {
+        let request = api::ShutdownRequest {
+            grace_ms: u32::try_from(grace.as_millis()).unwrap_or(u32::MAX),
+            ..Default::default()
+        };
+        let answer = self.client.shutdown(within(CALL_TIMEOUT), &request).await;
         answer
             .map(drop)
             .map_err(|e| AgentError::new("shut the guest down", e))

@@ -22,7 +22,7 @@ mod size;
 mod stdio;
 mod terminal;
 
-pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Usage};
+pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Joined, Usage};
 pub use attached::Attached;
 pub use cgroup::{
     CgroupPlace, HostCgroup, HostLimits, OOM_PROCESS_NAME, Throttle, Throttled, oom_main,
@@ -32,13 +32,13 @@ pub use home::Home;
 pub use host::{close_inherited, pidfd, split, take_charge, terminal_size};
 pub use id::{Id, InvalidName, Name};
 pub use lock::MonitorLock;
-pub use mounts::{BindOptions, enter_private_namespace};
+pub use mounts::{BindOptions, Source, enter_namespace_of, enter_private_namespace};
 pub use network::Network;
 pub use parts::Parts;
 pub use resolver::{Resolver, loopback_resolver};
 pub use sandbox::{MAX_SOCKETS, Running, Sandbox};
 pub use scope::Scope;
-pub use shared::Shared;
+pub use shared::{Shared, mount_in_guest};
 pub use signals::{Event, Signals, UnknownSignal, signal_number};
 pub use size::{LimitError, VmSize};
 pub use stdio::{HostStream, Lifeline, Streams, Wiring};

@@ -4,13 +4,16 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::Error;
 
@@ -63,38 +66,116 @@ pub struct BindOptions {
     pub follow_host: bool,
 }
 
-/// Binds `source`, a file or a directory, to `target`, which must not exist yet.
-pub(crate) fn bind(source: &Path, target: &Path, options: BindOptions) -> Result<(), Error> {
-    let kind = fs::metadata(source).map_err(Error::path("find", source))?;
-    if kind.is_dir() {
-        fs::create_dir(target).map_err(Error::path("create the mount point", target))?;
-    } else {
-        File::create_new(target).map_err(Error::path("create the mount point", target))?;
-    }
-    bind_over(source, target, options)
+/// Something of the host that is to be shown to a guest. It is taken hold of in the mount namespace of whoever names it, and may be
+/// placed in another.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    tree: OwnedFd,
+    is_dir: bool,
+    options: BindOptions,
 }
 
-/// Binds `source` to `target`, which must exist and be of its kind.
-pub(crate) fn bind_over(source: &Path, target: &Path, options: BindOptions) -> Result<(), Error> {
-    let recursive = match options.recursive {
-        true => MsFlags::MS_REC,
-        false => MsFlags::empty(),
-    };
-    let flags = MsFlags::MS_BIND | recursive;
-    mount(Some(source), target, None::<&str>, flags, None::<&str>)
-        .map_err(io::Error::from)
-        .map_err(Error::path("bind-mount", source))?;
-    if !options.follow_host {
-        let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+impl Source {
+    /// Takes hold of a file or directory.
+    ///
+    /// # Errors
+    /// When it is missing or cannot be bound.
+    pub fn open(path: &Path, options: BindOptions) -> Result<Self, Error> {
+        let kind = fs::metadata(path).map_err(Error::path("find", path))?;
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        if options.recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let tree = open_tree(CWD, path, flags)
+            .map_err(io::Error::from)
+            .map_err(Error::path("bind-mount", path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            tree,
+            is_dir: kind.is_dir(),
+            options,
+        })
+    }
+
+    /// Binds it to `target`, which must not exist yet.
+    pub(crate) fn bind(self, target: &Path) -> Result<(), Error> {
+        let made = match self.is_dir {
+            true => fs::create_dir(target),
+            false => File::create_new(target).map(drop),
+        };
+        made.map_err(Error::path("create the mount point", target))?;
+        self.bind_over(target)
+    }
+
+    /// Binds it to `target`, which must exist and be of its kind.
+    pub(crate) fn bind_over(self, target: &Path) -> Result<(), Error> {
+        let failed = |what| Error::path(what, &self.path);
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&self.tree, "", CWD, target, flags)
+            .map_err(io::Error::from)
+            .map_err(failed("bind-mount"))?;
+        // Never the other way: what is mounted in the guest's part is not the host's.
+        let propagation = match self.options.follow_host {
+            true => MsFlags::MS_SLAVE,
+            false => MsFlags::MS_PRIVATE,
+        };
+        let flags = propagation | MsFlags::MS_REC;
         mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
             .map_err(io::Error::from)
-            .map_err(Error::path("make private the mount of", source))?;
+            .map_err(failed("detach from the host the mount of"))?;
+        if self.options.read_only {
+            make_read_only(
+                target,
+                self.options.read_only_below && self.options.recursive,
+            )
+            .map_err(failed("make read-only the mount of"))?;
+        }
+        Ok(())
     }
-    if options.read_only {
-        make_read_only(target, options.read_only_below && options.recursive)
-            .map_err(Error::path("make read-only the mount of", source))?;
-    }
-    Ok(())
+}
+
+/// Moves a mount with all below it. `to` is not followed if it is a link: somebody else may have put it there.
+pub(crate) fn move_to(from: &Path, to: &Path) -> Result<(), Error> {
+    move_mount(CWD, from, CWD, to, MoveMountFlags::empty())
+        .map_err(io::Error::from)
+        .map_err(Error::path("mount what a guest is to see on", to))
+}
+
+/// Moves this process, which has no other thread, into the mount namespace of another.
+///
+/// # Errors
+/// When that process is gone.
+pub fn enter_namespace_of(pid: i32) -> Result<(), Error> {
+    let path = namespace_of(pid);
+    File::open(&path)
+        .and_then(|namespace| Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?))
+        .map_err(Error::path("enter the mount namespace", path))
+}
+
+/// Takes away mounts that only another process's mount namespace has. If that process is gone, so are they, or soon.
+pub(crate) fn detach_within(pid: i32, places: &[PathBuf]) -> Result<(), Error> {
+    let path = namespace_of(pid);
+    let namespace = match File::open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(Error::path("open the mount namespace", path))?,
+    };
+    let failed = || Error::system("enter a sandbox's mount namespace");
+    let detached = std::thread::scope(|scope| {
+        // A thread that shares neither root nor working directory with the others may be in another namespace than they are.
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)
+                .and_then(|()| setns(namespace, CloneFlags::CLONE_NEWNS))
+                .map_err(|errno| failed()(errno.into()))?;
+            places.iter().try_for_each(|place| detach(place))
+        });
+        thread.join()
+    });
+    detached.unwrap_or_else(|_| Err(failed()(io::Error::other("the thread for it failed"))))
+}
+
+fn namespace_of(pid: i32) -> PathBuf {
+    format!("/proc/{pid}/ns/mnt").into()
 }
 
 /// By mount_setattr(2), which leaves a mount's other flags as they are.

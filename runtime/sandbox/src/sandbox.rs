@@ -31,7 +31,7 @@ use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
 use crate::{
-    Agent, AgentError, BindOptions, Error, Failure, Home, Id, Shared, Streams, Wiring, host,
+    Agent, AgentError, Error, Failure, Home, Id, Shared, Source, Streams, VmSize, Wiring, host,
     mounts, shared,
 };
 
@@ -119,25 +119,86 @@ impl Sandbox {
     /// When it exists or cannot be written.
     pub fn share(&self, container: &Id) -> Result<Shared, Error> {
         mounts::attach(&self.shared())?;
-        Shared::create(&self.shared(), container)
+        Shared::create(&self.shared(), &shared::guest_base(None), container)
     }
 
-    /// Lets the guest reach a socket that listens on the host, and nothing else by this: gives the host's vsock port on which it does. The
-    /// VM process connects to the socket by itself. To be called before the VM is launched, by the process that launches it, in
-    /// a mount namespace of its own.
+    /// As [`Sandbox::share`], for a sandbox without a VM, whose container is going to be in that of another ([`Sandbox::show`]). To be
+    /// called in the mount namespace of the other's processes.
+    ///
+    /// # Errors
+    /// As for [`Sandbox::share`].
+    pub fn share_elsewhere(&self, container: &Id, place: &Id) -> Result<Shared, Error> {
+        mounts::attach(&self.shared())?;
+        Shared::create(&self.shared(), &shared::guest_base(Some(place)), container)
+    }
+
+    /// Shows the guest, which runs, all that `other` shares, at a place that has not been used before: the guest may remember for a while
+    /// what it has found at another. All at once, since the guest may change what it sees. To be called in the mount namespace of
+    /// this sandbox's processes.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub fn show(&self, other: &Self, place: &Id) -> Result<(), Error> {
+        let place = self.shared().join(place.as_str());
+        fs::DirBuilder::new()
+            .mode(0o711)
+            .create(&place)
+            .map_err(Error::path("create the directory", &place))?;
+        mounts::move_to(&other.shared(), &place)
+    }
+
+    /// Takes away from the guest what [`Sandbox::show`] and [`Sandbox::offer`] have given it for `place`. Of a sandbox that is gone, all has
+    /// been taken away already. To be called in the host's mount namespace; `monitor` is a process in that of the sandbox's.
+    ///
+    /// # Errors
+    /// Naming what could not be taken away.
+    pub fn withdraw(&self, other: &Self, place: &Id, monitor: Option<i32>) -> Result<(), Error> {
+        let shown = self.shared().join(place.as_str());
+        let ports = FIRST_SOCKET_PORT..FIRST_SOCKET_PORT + MAX_SOCKETS;
+        let sockets = ports.map(|port| self.socket_place(port));
+        // What is mounted on the file hides its content from the sandbox's processes only.
+        let sockets: Vec<PathBuf> = sockets
+            .filter(|file| fs::read(file).is_ok_and(|owner| owner == place.as_str().as_bytes()))
+            .collect();
+        if let Some(monitor) = monitor {
+            let mut mounted = sockets.clone();
+            mounted.extend([shown.clone(), other.shared()]);
+            mounts::detach_within(monitor, &mounted)?;
+        }
+        for file in sockets {
+            fs::remove_file(&file).map_err(Error::path("remove", &file))?;
+        }
+        cloison_image::remove_tree(&shown).map_err(Error::path("remove the directory", &shown))
+    }
+
+    /// Lets the guest reach a socket that listens on the host, on behalf of `owner`, and nothing else by this: gives the host's vsock port
+    /// on which it does. The VM process connects to the socket by itself. To be called in the mount namespace of the sandbox's
+    /// processes.
     ///
     /// # Errors
     /// When the socket cannot be bound below the sandbox's directory, or there are [`MAX_SOCKETS`] already.
-    pub fn offer(&self, socket: &Path) -> Result<u32, Error> {
+    pub fn offer(&self, socket: Source, owner: &Id) -> Result<u32, Error> {
         for port in FIRST_SOCKET_PORT..FIRST_SOCKET_PORT + MAX_SOCKETS {
-            let place = self.dir.join(format!("{VSOCK_SOCKET}_{port}"));
-            if !place.exists() {
-                mounts::bind(socket, &place, BindOptions::default())?;
-                return Ok(port);
+            let place = self.socket_place(port);
+            let failed = || Error::path("offer to the guest a socket at", &place);
+            match File::create_new(&place) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                file => file
+                    .and_then(|mut file| file.write_all(owner.as_str().as_bytes()))
+                    .map_err(failed())?,
             }
+            socket.bind_over(&place)?;
+            return Ok(port);
         }
         let full = io::Error::other("a sandbox can be offered no more sockets");
-        Err(Error::path("offer to the guest the socket", socket)(full))
+        Err(Error::path(
+            "offer to the guest one more socket below",
+            &self.dir,
+        )(full))
+    }
+
+    fn socket_place(&self, port: u32) -> PathBuf {
+        self.dir.join(format!("{VSOCK_SOCKET}_{port}"))
     }
 
     /// Where a container's root file system is mounted, for the processes of this sandbox.
@@ -208,17 +269,20 @@ impl Sandbox {
         Ok((running, wiring))
     }
 
-    /// The memory of the VM, MiB.
+    /// The VM's size.
     ///
     /// # Errors
     /// When the VM process does not run or does not answer.
-    pub fn memory_mib(&self) -> Result<u32, Error> {
+    pub fn size(&self) -> Result<VmSize, Error> {
         let status = self.control()?.status();
         let status = status.map_err(|source| Error::Control {
             what: "ask the VM for its size",
             source,
         })?;
-        Ok(status.memory_mib)
+        Ok(VmSize {
+            memory_mib: status.memory_mib,
+            vcpus: status.vcpus,
+        })
     }
 
     /// Connects to the VM process.
@@ -376,11 +440,12 @@ impl Running {
         }
     }
 
-    /// Has the guest end its processes and write its files back, for as long as that may take.
-    pub async fn shut_down(&self) {
+    /// Has the guest end its processes and write its files back, for as long as that may take. Containers that came to it later are given
+    /// `grace` to end by themselves.
+    pub async fn shut_down(&self, grace: Duration) {
         // What the guest has not written back by then, it had no reason to believe written.
-        let shutdown = self.agent.shutdown();
-        if let Ok(Err(error)) = tokio::time::timeout(SHUTDOWN_TIMEOUT, shutdown).await {
+        let shutdown = self.agent.shutdown(grace);
+        if let Ok(Err(error)) = tokio::time::timeout(grace + SHUTDOWN_TIMEOUT, shutdown).await {
             tracing::debug!("{error}");
         }
     }

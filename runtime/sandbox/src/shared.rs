@@ -4,6 +4,7 @@
 //! ```text
 //! shared/<container>/rootfs      the container's root file system
 //! shared/<container>/mounts/<n>  its n-th volume, a directory or a file
+//! shared/<place>/<container>/... the same of a container that came to the running guest
 //! ```
 
 use std::fs;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use cloison_agent_api::SHARED_DIR;
 
-use crate::{BindOptions, Error, Id, mounts};
+use crate::{Error, Id, Source};
 
 /// One container's part of the shared directory.
 #[derive(Debug)]
@@ -27,8 +28,23 @@ pub(crate) fn rootfs(shared: &Path, container: &Id) -> PathBuf {
     shared.join(container.as_str()).join("rootfs")
 }
 
+/// Where the guest finds the `n`-th volume of a container, which came to it at `place` if it came later.
+pub fn mount_in_guest(place: Option<&Id>, container: &Id, n: usize) -> PathBuf {
+    let base = guest_base(place);
+    base.join(container.as_str())
+        .join("mounts")
+        .join(n.to_string())
+}
+
+/// Where the guest finds what is shared at `place`.
+pub(crate) fn guest_base(place: Option<&Id>) -> PathBuf {
+    let shared = Path::new(SHARED_DIR);
+    place.map_or_else(|| shared.to_owned(), |place| shared.join(place.as_str()))
+}
+
 impl Shared {
-    pub(crate) fn create(shared: &Path, container: &Id) -> Result<Self, Error> {
+    /// What is below `shared` on the host is below `guest` for the guest.
+    pub(crate) fn create(shared: &Path, guest: &Path, container: &Id) -> Result<Self, Error> {
         let host = shared.join(container.as_str());
         for dir in [&host, &host.join("rootfs"), &host.join("mounts")] {
             fs::DirBuilder::new()
@@ -38,7 +54,7 @@ impl Shared {
         }
         Ok(Self {
             host,
-            guest: Path::new(SHARED_DIR).join(container.as_str()),
+            guest: guest.join(container.as_str()),
             mounts: 0,
         })
     }
@@ -53,25 +69,21 @@ impl Shared {
         self.guest.join("rootfs")
     }
 
-    /// Shows a root file system that is a directory of the host, with all that is mounted below it.
+    /// Shows a root file system that is a directory of the host.
     ///
     /// # Errors
     /// When it cannot be bound.
-    pub fn bind_rootfs(&self, source: &Path) -> Result<(), Error> {
-        let options = BindOptions {
-            recursive: true,
-            ..BindOptions::default()
-        };
-        mounts::bind_over(source, &self.rootfs_on_host(), options)
+    pub fn bind_rootfs(&self, source: Source) -> Result<(), Error> {
+        source.bind_over(&self.rootfs_on_host())
     }
 
-    /// Shows `source`, a file or a directory of the host, to the guest and returns where the guest finds it.
+    /// Shows a file or a directory of the host to the guest and returns where the guest finds it.
     ///
     /// # Errors
-    /// When the source is missing or cannot be bound.
-    pub fn add_mount(&mut self, source: &Path, options: BindOptions) -> Result<PathBuf, Error> {
+    /// When it cannot be bound.
+    pub fn add_mount(&mut self, source: Source) -> Result<PathBuf, Error> {
         let place = Path::new("mounts").join(self.mounts.to_string());
-        mounts::bind(source, &self.host.join(&place), options)?;
+        source.bind(&self.host.join(&place))?;
         self.mounts += 1;
         Ok(self.guest.join(place))
     }

@@ -269,3 +269,38 @@ fn twenty_containers_are_started_at_once() {
         );
     }
 }
+
+#[test]
+fn a_container_that_has_the_namespaces_of_another_is_in_its_vm() {
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let script = "echo hello >/tmp/index.html; httpd -p 127.0.0.1:8000 -h /tmp; echo up; while :; do sleep 0.1; done";
+    docker.detached("owner", &["--ipc", "shareable"], script);
+    docker.until_logged("owner", "up");
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let guest = docker.say(&["exec", "owner", "sh", "-c", boot]);
+    let network = ["--network", "container:owner"];
+    let script = format!(
+        "{boot}; wget -q -O - http://127.0.0.1:8000/index.html; ip -o -4 addr show eth0 | wc -l"
+    );
+    let all = docker.shell(&network, &script);
+    assert_eq!(all, format!("{guest}\nhello\n1\n"));
+    let options = [
+        &network[..],
+        &["--pid", "container:owner", "--ipc", "container:owner"],
+    ]
+    .concat();
+    assert!(docker.shell(&options, "ps").contains("httpd -p"));
+    fail(
+        &docker.run(&["--pid", "container:owner"], &["true"]),
+        125,
+        &["--network container:"],
+    );
+    // It ends with the other one, at the latest.
+    docker.detached("member", &network, "echo up; exec sleep 1000");
+    docker.until_logged("member", "up");
+    succeed(&docker.docker(&["kill", "owner"]));
+    assert_eq!(docker.say(&["wait", "member"]), "137");
+    succeed(&docker.docker(&["rm", "owner", "member"]));
+}

@@ -35,6 +35,7 @@ mod oci;
 mod oci_sockets;
 mod oci_spec;
 mod podman;
+mod pods;
 mod process;
 mod profile;
 mod signals;

@@ -111,7 +111,7 @@ impl Drop for Bundle {
 }
 
 /// The cgroups of a container on cgroup v1 and v2.
-fn cgroups(name: &str) -> Vec<PathBuf> {
+pub fn cgroups(name: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let v1 = fs::read_dir(root)
         .unwrap()
@@ -130,7 +130,7 @@ fn name_of(host: &Host) -> String {
     dir.to_str().unwrap().to_owned()
 }
 
-fn command(host: &Host) -> Command {
+pub fn command(host: &Host) -> Command {
     let mut command = Command::new(dist().join("cloison-runtime"));
     command
         .env("CLOISON_DATA_DIR", data())
@@ -153,7 +153,7 @@ fn runtime(host: &Host, args: &[&str]) -> Output {
 }
 
 /// Waits until a process that is not our child is gone.
-fn await_end(pid: i32) {
+pub fn await_end(pid: i32) {
     let Ok(pidfd) = pidfd(pid) else { return };
     let mut fds = [nix::poll::PollFd::new(
         std::os::fd::AsFd::as_fd(&pidfd),
@@ -437,7 +437,7 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
             Box::new(|c| {
                 c["linux"]["namespaces"][0] = json!({ "type": "pid", "path": "/proc/1/ns/pid" })
             }),
-            "joined",
+            "only such a container's can be joined",
         ),
         (
             Box::new(|c| {

@@ -137,3 +137,30 @@ fn a_socket_that_cannot_be_carried_is_refused() {
     });
     fail(&bundle.output(), 1, &["65 mounts are sockets", "64"]);
 }
+
+#[test]
+fn a_socket_of_the_host_answers_in_a_container_that_came_to_anothers_vm() {
+    if emulated() {
+        return;
+    }
+    let host = Host::new();
+    let served = host.path("served.sock");
+    serve(UnixListener::bind(&served).unwrap());
+    let first = Bundle::shell("while :; do sleep 0.1; done");
+    let pid = first.create_and_start();
+    let script = r#"perl -e "$CLIENT" /run/served.sock hello"#;
+    let second = debian(script, &[(&served, "/run/served.sock")]).with(|config| {
+        for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+            if namespace["type"] == "network" {
+                namespace["path"] = format!("/proc/{pid}/ns/net").into();
+            }
+        }
+    });
+    let output = first.run(&["run", "--bundle", second.dir().to_str().unwrap(), "two"]);
+    assert_eq!(text(&output.stdout), "5:hello", "{}", text(&output.stderr));
+    // It was offered for as long as there was that container.
+    let sandbox = fs::read_dir(first.host.run_dir().join("sandboxes/one")).unwrap();
+    let names = sandbox.flatten().map(|entry| entry.file_name());
+    let offered = names.filter(|name| name.to_str().unwrap().starts_with("vsock.sock_"));
+    assert_eq!(offered.count(), 0);
+}

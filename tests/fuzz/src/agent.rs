@@ -60,6 +60,6 @@ async fn answered(call: u8, reply: &[u8]) {
         2 => drop(agent.wait("c", "").await),
         3 => drop(agent.signal("c", "", 9, false).await),
         4 => drop(agent.update("c", &LinuxResources::default()).await),
-        _ => drop(agent.shutdown().await),
+        _ => drop(agent.shutdown(std::time::Duration::ZERO).await),
     }
 }

@@ -250,7 +250,10 @@ fn furnish(
         // A volume in its place is what the person wants.
         if args.volume.iter().all(|v| v.destination != destination) {
             binds.push((
-                shared.add_mount(&file, BindOptions::default())?,
+                shared.add_mount(cloison_sandbox::Source::open(
+                    &file,
+                    BindOptions::default(),
+                )?)?,
                 destination,
                 false,
             ));
@@ -309,7 +312,8 @@ fn volumes(shared: &mut Shared, args: &Run) -> Result<Vec<(PathBuf, PathBuf, boo
             read_only: volume.read_only,
             ..BindOptions::default()
         };
-        let in_guest = shared.add_mount(&volume.source, options);
+        let source = cloison_sandbox::Source::open(&volume.source, options);
+        let in_guest = source.and_then(|source| shared.add_mount(source));
         let in_guest = in_guest
             .with_context(|| format!("cannot use the volume source {}", volume.source.display()))?;
         Ok((in_guest, volume.destination.clone(), volume.read_only))

@@ -33,6 +33,7 @@ const GUEST_DEVICES: [(i64, i64); 9] = [
 pub(super) struct Adapted {
     pub linux: Linux,
     pub network: Network,
+    pub shared: Vec<NamespacePath>,
     pub size: VmSize,
     pub host: HostLimits,
     pub cgroup: CgroupPlace,
@@ -44,7 +45,7 @@ pub(super) fn adapt(
     systemd: bool,
     notes: &mut Vec<String>,
 ) -> Result<Adapted> {
-    let network = adapt_namespaces(&mut linux)?;
+    let (network, shared) = adapt_namespaces(&mut linux)?;
     let cgroup = cgroup(id, linux.cgroups_path().clone(), systemd)?;
     // In the guest each container has a place of its own; the host's path is for the VM's processes.
     linux.set_cgroups_path(Some(HostCgroup::default_path(id)));
@@ -103,6 +104,7 @@ pub(super) fn adapt(
     Ok(Adapted {
         linux,
         network,
+        shared,
         size,
         host,
         cgroup,
@@ -134,7 +136,16 @@ pub fn update(mut resources: LinuxResources) -> Result<(LinuxResources, HostLimi
     Ok((resources, host))
 }
 
-fn adapt_namespaces(linux: &mut Linux) -> Result<Network> {
+/// A namespace that is to be the one at a path of the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamespacePath {
+    /// As it is called below /proc/PID/ns.
+    pub name: &'static str,
+    /// Absolute.
+    pub path: PathBuf,
+}
+
+fn adapt_namespaces(linux: &mut Linux) -> Result<(Network, Vec<NamespacePath>)> {
     let given = linux.namespaces().clone().unwrap_or_default();
     let find = |typ| given.iter().find(|n: &&LinuxNamespace| n.typ() == typ);
     let path = |n: &LinuxNamespace| n.path().clone().filter(|p| !p.as_os_str().is_empty());
@@ -143,18 +154,24 @@ fn adapt_namespaces(linux: &mut Linux) -> Result<Network> {
         Some(namespace) => path(namespace).map_or(Network::Fresh, Network::At),
     };
     let mut namespaces = Vec::new();
-    for (typ, name) in [
-        (LinuxNamespaceType::Pid, "PID"),
-        (LinuxNamespaceType::Ipc, "IPC"),
-        (LinuxNamespaceType::Uts, "UTS"),
-        (LinuxNamespaceType::Mount, "mount"),
+    let mut shared = Vec::new();
+    for (typ, name, title) in [
+        (LinuxNamespaceType::Pid, "pid", "PID"),
+        (LinuxNamespaceType::Ipc, "ipc", "IPC"),
+        (LinuxNamespaceType::Uts, "uts", "UTS"),
+        (LinuxNamespaceType::Mount, "mnt", "mount"),
     ] {
         let Some(namespace) = find(typ) else {
             bail!(
-                "config.json: without {name} namespace of its own the container would share the host's, which a VM cannot: give it one"
+                "config.json: without {title} namespace of its own the container would share the host's, which a VM cannot: give it one"
             );
         };
-        refuse_path(name, path(namespace))?;
+        match path(namespace) {
+            Some(path) if typ != LinuxNamespaceType::Mount => {
+                shared.push(NamespacePath { name, path });
+            }
+            path => refuse_path(title, path)?,
+        }
         namespaces.push(new_namespace(typ)?);
     }
     // Where the caller wants the host's cgroup namespace, there is nothing of the host's to see in the guest.
@@ -171,13 +188,13 @@ fn adapt_namespaces(linux: &mut Linux) -> Result<Network> {
         "config.json: time namespaces are not supported"
     );
     linux.set_namespaces(Some(namespaces));
-    Ok(network)
+    Ok((network, shared))
 }
 
 fn refuse_path(name: &str, path: Option<PathBuf>) -> Result<()> {
     match path {
         Some(path) => bail!(
-            "config.json: the {name} namespace {} is the host's and cannot be joined from inside a VM",
+            "config.json: the {name} namespace {} cannot be joined from inside a VM",
             path.display()
         ),
         None => Ok(()),
