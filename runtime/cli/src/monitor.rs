@@ -123,6 +123,11 @@ impl Monitor {
                 profile.output(&timeline);
             }
         }
+        // The kernel takes its time over interfaces, and the VM has no more use for its own.
+        let left = match lived {
+            Ok(Outcome::Exited(_)) => Some(self.leave_network()),
+            _ => None,
+        };
         if matches!(lived, Ok(Outcome::Exited(_))) {
             vm.shut_down(std::time::Duration::ZERO).await;
         }
@@ -139,7 +144,11 @@ impl Monitor {
         if let Some(profile) = &mut self.profile {
             profile.guest("shutting down", monotonic());
         }
-        let _ = vm.kill().await.context("cannot end the container's VM")?;
+        let killed = vm.kill().await;
+        if let Some(left) = left {
+            left.await;
+        }
+        let _ = killed.context("cannot end the container's VM")?;
         if let Some(profile) = &mut self.profile {
             profile.vm_process("ending");
         }
@@ -149,6 +158,18 @@ impl Monitor {
                 code: exit::by_signal(signal),
                 oom_killed: false,
             }),
+        }
+    }
+
+    /// Begins to take the container off its network. What goes wrong is tried again when all is cleared up, and told then.
+    fn leave_network(&self) -> impl Future<Output = ()> + use<> {
+        let home = self.container.home().clone();
+        let id = self.container.id().clone();
+        let left = tokio::task::spawn_blocking(move || network::detach(&home, &id));
+        async move {
+            if let Ok(Err(error)) = left.await {
+                tracing::debug!("{error:#}");
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth};
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth};
 
@@ -22,6 +23,8 @@ use crate::{
 
 /// How the sandbox's interface is called inside.
 const INSIDE: &str = "eth0";
+/// The index of every namespace's loopback interface (the kernel's LOOPBACK_IFINDEX).
+const LOOPBACK: u32 = 1;
 /// Longest ID of a sandbox, bytes.
 const MAX_ID: usize = 128;
 
@@ -94,7 +97,7 @@ impl Networks {
             record,
         } = lease;
         let netlink = Netlink::connect(&self.host)?;
-        self.make_bridge(&netlink, &network).await?;
+        let bridge = self.make_bridge(&netlink, &network).await?;
         between()?;
         let namespace = match &record.namespace {
             Some(path) => Namespace::persistent(path)?,
@@ -107,7 +110,7 @@ impl Networks {
         rules.add_sandbox(&id, &record, &network);
         nft::add(&self.host, rules).await?;
         between()?;
-        self.lay_cable(&netlink, &namespace, &record, &network)
+        self.lay_cable(&netlink, &namespace, &record, (bridge, &network))
             .await?;
         between()?;
         configure(&namespace, &record, &network).await?;
@@ -168,9 +171,14 @@ impl Networks {
         Err(Error::Exhausted(wanted.network.clone()))
     }
 
-    /// Makes a network's bridge, or makes sure of it.
-    async fn make_bridge(&self, netlink: &Netlink, network: &Network) -> Result<()> {
+    /// Makes a network's bridge, or makes sure of it. Returns its index.
+    async fn make_bridge(&self, netlink: &Netlink, network: &Network) -> Result<u32> {
         let bridge = network.bridge();
+        // It is brought up last.
+        if let Some(link) = netlink.link(&bridge).await?.filter(|link| link.up) {
+            sysctl::set_up_host(&self.host, &bridge, network.subnet6.is_some())?;
+            return Ok(link.index);
+        }
         let doing = format!("make the bridge {bridge}");
         // Ports forward at once: there is no loop to look for. Multicast goes everywhere, which is to the host.
         let message = LinkBridge::new(&bridge)
@@ -185,7 +193,8 @@ impl Networks {
         for address in gateways(network) {
             netlink.add_address(index, address).await?;
         }
-        netlink.set_up(index).await
+        netlink.set_up(index).await?;
+        Ok(index)
     }
 
     /// Connects the bridge with the namespace.
@@ -194,12 +203,10 @@ impl Networks {
         netlink: &Netlink,
         namespace: &Namespace,
         record: &Record,
-        network: &Network,
+        (bridge, network): (u32, &Network),
     ) -> Result<()> {
         let port = record.port();
         let doing = || format!("make the interface {port}");
-        // Left by somebody whose records are gone, too.
-        netlink.remove_link(&port).await?;
         let inside = LinkUnspec::new_with_name(INSIDE)
             .address(record.mac.bytes().to_vec())
             .mtu(network.mtu)
@@ -208,19 +215,27 @@ impl Networks {
         let message = LinkVeth::new(&port, INSIDE)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(inside)))
             .mtu(network.mtu)
+            .controller(bridge)
             .build();
-        let made = netlink.raw().link().add(message).execute().await;
-        made.map_err(Error::netlink(doing()))?;
-        self.host.run(|| sysctl::silence(&port))??;
-        let index = netlink.index(&port).await?;
-        let bridge = netlink.index(&network.bridge()).await?;
-        let message = LinkUnspec::new_with_index(index).controller(bridge).build();
-        netlink.set_link(&doing(), message).await?;
+        let make = || netlink.raw().link().add(message.clone()).execute();
+        let mut made = make().await.map_err(Error::netlink(doing()));
+        if made
+            .as_ref()
+            .is_err_and(|e| e.os_error() == Some(libc::EEXIST))
+        {
+            // Left by somebody whose records are gone, too.
+            netlink.remove_link(&port).await?;
+            made = make().await.map_err(Error::netlink(doing()));
+        }
+        made?;
+        let index = self.host.run(|| {
+            sysctl::silence(&port)?;
+            if_nametoindex(port.as_str()).map_err(Error::errno(doing()))
+        })??;
         // A sandbox can come back to itself by way of a port that it publishes.
-        let message = LinkBridgePort::new(index).hairpin(true).build();
+        let message = LinkBridgePort::new(index).hairpin(true).up().build();
         let set = netlink.raw().link().set_port(message).execute().await;
-        set.map_err(Error::netlink(doing()))?;
-        netlink.set_up(index).await
+        set.map_err(Error::netlink(doing()))
     }
 }
 
@@ -307,7 +322,7 @@ fn check_publications(wanted: &Attachment, network: &Network) -> Result<()> {
 /// Gives the sandbox's end of its cable its addresses. All others, its network's too, are reached through the host.
 async fn configure(namespace: &Namespace, record: &Record, network: &Network) -> Result<()> {
     let netlink = Netlink::connect(namespace)?;
-    netlink.set_up(netlink.index("lo").await?).await?;
+    netlink.set_up(LOOPBACK).await?;
     let index = netlink.index(INSIDE).await?;
     // Addresses are not asked for on the cable: only one can be the sandbox's.
     for address in record.addresses().all() {

@@ -35,9 +35,10 @@ impl Networks {
             return Ok(());
         }
         locked.state.sandboxes.remove(id);
-        if on(&locked.state, &network.name).next().is_none() {
-            let removed = Some(record);
-            self.take_down(network, removed, &locked.state).await?;
+        let alone = on(&locked.state, &network.name).next().is_none();
+        if alone {
+            let left = Some(record);
+            self.take_down(network, left, &locked.state).await?;
         } else {
             let removal = nft::Removal {
                 network,

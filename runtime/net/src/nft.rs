@@ -44,9 +44,11 @@ const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 
-/// Makes a change that counts on the fixed rules. They are loaded only when it turns out that they are missing: that takes the kernel
-/// longer than all the rest.
+/// Makes a change that counts on the fixed rules, and loads them before if they are missing. That takes the kernel longer than all the
+/// rest, and so does refusing a batch.
 pub(crate) async fn add(host: &Namespace, batch: Batch) -> Result<()> {
+    let there = host.run_long(socket::has_tables).await?;
+    let batch = if there { batch } else { with_rules(&batch) };
     change(host, batch, fixed::load).await
 }
 
@@ -76,9 +78,15 @@ pub(crate) async fn remove_all(host: &Namespace) -> Result<()> {
 
 /// Loads everything, whatever is there.
 pub(crate) async fn restore(host: &Namespace, batch: Batch) -> Result<()> {
-    let mut whole = fixed::load();
-    whole.append(&batch);
+    let whole = with_rules(&batch);
     host.run_long(move || socket::change(&whole)).await
+}
+
+/// The fixed rules, and then `batch`.
+fn with_rules(batch: &Batch) -> Batch {
+    let mut whole = fixed::load();
+    whole.append(batch);
+    whole
 }
 
 /// What of a network and its sandboxes is to be taken out together.

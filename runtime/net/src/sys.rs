@@ -27,6 +27,13 @@ pub(crate) fn set_up_macvtap(fd: &impl AsFd) -> nix::Result<()> {
     set_iff(fd, "", TAP)
 }
 
+/// Has a tap stay when its descriptor is closed, as long as its namespace.
+pub(crate) fn keep_tap(fd: &impl AsFd) -> nix::Result<()> {
+    // SAFETY: TUNSETPERSIST takes a number.
+    let kept = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNSETPERSIST, 1) };
+    Errno::result(kept).map(drop)
+}
+
 fn set_iff(fd: &impl AsFd, name: &str, flags: libc::c_int) -> nix::Result<()> {
     // SAFETY: `ifreq` is plain data for which all zeroes is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

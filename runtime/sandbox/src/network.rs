@@ -41,12 +41,24 @@ impl Network {
     /// # Errors
     /// When the namespace cannot be entered.
     pub fn new(namespace: &Namespace) -> Result<Self, Error> {
-        Ok(Self {
-            adopter: Adopter::new(namespace)?,
+        Ok(Self::with(Adopter::new(namespace)?))
+    }
+
+    /// As [`Network::new`], of a namespace that was made for the sandbox and goes with it.
+    ///
+    /// # Errors
+    /// As for [`Network::new`].
+    pub fn owning(namespace: &Namespace) -> Result<Self, Error> {
+        Ok(Self::with(Adopter::owning(namespace)?))
+    }
+
+    fn with(adopter: Adopter) -> Self {
+        Self {
+            adopter,
             interfaces: BTreeMap::new(),
             early: Vec::new(),
             plugged: Vec::new(),
-        })
+        }
     }
 
     /// The interfaces that are there already, for the VM's launch. To be called once; without it all come to a VM that runs.

@@ -184,7 +184,7 @@ impl Source {
                 let has_names = !lease.names.is_empty();
                 let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
-                let mut network = Network::new(&attached.namespace)?;
+                let mut network = Network::owning(&attached.namespace)?;
                 network.plug(vm).await?;
                 let held = Held {
                     _attached: Some((attached.namespace, attached.reservation)),

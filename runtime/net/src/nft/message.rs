@@ -17,7 +17,7 @@ pub(super) const FAMILY_HEADER: usize = 4;
 const ELEMENTS: usize = 500;
 
 const NFTA_LIST_ELEM: u16 = 1;
-const NFTA_TABLE_NAME: u16 = 1;
+pub(super) const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;

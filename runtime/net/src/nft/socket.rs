@@ -11,7 +11,7 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
-use super::message::{Attributes, Batch, FAMILY_HEADER, message};
+use super::message::{Attributes, Batch, FAMILY_HEADER, NFTA_TABLE_NAME, TABLE, message};
 use crate::{Error, Result};
 
 /// What a socket has room for unless it is told otherwise (`net.core.wmem_default`), with some to spare.
@@ -35,6 +35,20 @@ pub(super) fn change(batch: &Batch) -> Result<()> {
         answers.read(datagram)
     })?;
     answers.judge(batch, last)
+}
+
+/// Whether both of cloison's tables are there, in the calling thread's namespace.
+pub(super) fn has_tables() -> Result<bool> {
+    let everyones = libc::NFPROTO_UNSPEC;
+    let tables = ask(libc::NFT_MSG_GETTABLE, true, everyones, |_| {})?;
+    let ours = tables.iter().filter(|(family, attributes)| {
+        let families = [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE];
+        let named = |(kind, name): &(u16, Vec<u8>)| {
+            *kind == NFTA_TABLE_NAME && name.strip_suffix(&[0]) == Some(TABLE.as_bytes())
+        };
+        families.contains(&(*family).into()) && attributes.iter().any(named)
+    });
+    Ok(ours.count() == 2)
 }
 
 /// What the kernel has answered to a batch.
