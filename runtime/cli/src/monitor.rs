@@ -125,7 +125,7 @@ impl Monitor {
         }
         // The kernel takes its time over interfaces, and the VM has no more use for its own.
         let left = match lived {
-            Ok(Outcome::Exited(_)) => Some(self.leave_network()),
+            Ok(Outcome::Exited(_)) if self.record.network.is_leased() => Some(self.leave_network()),
             _ => None,
         };
         if matches!(lived, Ok(Outcome::Exited(_))) {

@@ -55,6 +55,11 @@ impl NetworkRecord {
         self.name == USER
     }
 
+    /// Whether it has a place on a network of cloison's.
+    pub fn is_leased(&self) -> bool {
+        self.place.is_some()
+    }
+
     /// The namespace somebody prepared whose interfaces it has.
     pub fn prepared(&self) -> Option<&Path> {
         self.name.strip_prefix("ns:").map(Path::new)
