@@ -60,3 +60,11 @@ fn where_kvm_does_not_work_the_software_engine_is_taken_and_one_line_says_why() 
     );
     succeed(&host.cloison(["rm", "auto"]));
 }
+
+#[test]
+fn a_guests_clock_is_finer_than_its_tick() {
+    let host = Host::new();
+    let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let source = host.shell(&[], &format!("cat {source}"));
+    assert!(["tsc\n", "kvm-clock\n"].contains(&&*source), "{source}");
+}

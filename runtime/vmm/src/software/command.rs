@@ -167,8 +167,13 @@ pub(super) struct Control {
     pub(super) state: RawFd,
 }
 
-/// The arguments after the program's name.
-pub(super) fn arguments(spec: &VmSpec, inherited: &Inherited, start: Start) -> Vec<OsString> {
+/// The arguments after the program's name; `tsc_khz` is for a kernel that boots.
+pub(super) fn arguments(
+    spec: &VmSpec,
+    inherited: &Inherited,
+    start: Start,
+    tsc_khz: Option<i64>,
+) -> Vec<OsString> {
     let Inherited {
         memory,
         console,
@@ -267,7 +272,7 @@ pub(super) fn arguments(spec: &VmSpec, inherited: &Inherited, start: Start) -> V
     if start != Start::Load {
         line.option("-kernel", &spec.kernel)
             .option("-initrd", &spec.initramfs)
-            .option("-append", kernel_command_line(spec, start));
+            .option("-append", kernel_command_line(spec, start, tsc_khz));
     }
     line.0
 }
@@ -284,9 +289,10 @@ fn mac_text([a, b, c, d, e, f]: MacAddress) -> String {
     format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }
 
-fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
+fn kernel_command_line(spec: &VmSpec, start: Start, tsc_khz: Option<i64>) -> String {
     let alone = if spec.vcpus == 1 { ONE_PROCESSOR } else { "" };
-    let mut words = format!("{CMDLINE} {BOUNCE_BUFFERS}{alone} {}", spec.cmdline);
+    let clock = tsc_khz.map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
+    let mut words = format!("{CMDLINE} {BOUNCE_BUFFERS}{alone}{clock} {}", spec.cmdline);
     if let (Start::Save, Some(template)) = (start, &spec.template) {
         words = format!("{words} {PLACES} {}", template.word);
     }
@@ -340,7 +346,7 @@ mod tests {
             }],
             ..Inherited::default()
         };
-        let line = arguments(&spec, &inherited, Start::Boot);
+        let line = arguments(&spec, &inherited, Start::Boot, Some(2_595_124));
         let after = |option: &str| {
             let at = line.iter().position(|word| word == option).unwrap();
             line[at + 1].to_str().unwrap()
@@ -350,7 +356,7 @@ mod tests {
         assert_eq!(after("-m"), "192M");
         assert_eq!(after("-smp"), "2");
         assert_eq!(after("-accel"), "tcg,thread=multi");
-        assert!(after("-append").ends_with(" agent.debug quiet"));
+        assert!(after("-append").ends_with(" tsc_early_khz=2595124 agent.debug quiet"));
         let net = line
             .iter()
             .find(|word| word.to_str().unwrap().starts_with("virtio-net-device,"));
@@ -375,7 +381,7 @@ mod tests {
             ..crate::spec::tests::spec()
         };
         let appended = |start| {
-            let line = arguments(&spec, &Inherited::default(), start);
+            let line = arguments(&spec, &Inherited::default(), start, None);
             let at = line.iter().position(|word| word == "-append");
             at.map(|at| line[at + 1].to_str().unwrap().to_owned())
         };

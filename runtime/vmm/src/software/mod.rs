@@ -10,6 +10,7 @@ mod qmp;
 mod store;
 mod template;
 mod transcript;
+mod tsc;
 
 pub(crate) use qemu::SoftwareError;
 pub(crate) use template::{Started, start};

@@ -27,6 +27,7 @@ use super::command::{Control, DeviceSockets, Inherited, InheritedNic, Start, arg
 use super::monitor::Monitor;
 use super::qmp::QmpError;
 use super::transcript::Transcript;
+use super::tsc;
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::end::EndReason;
@@ -552,9 +553,11 @@ fn spawn(spec: &VmSpec, inherited: &Inherited, start: Start) -> io::Result<Child
         fds.extend([control.monitor, control.input, control.state]);
     }
     fds.extend(inherited.nics.iter().map(|nic| nic.socket));
+    let boots = start != Start::Load;
+    let tsc_khz = boots.then(tsc::measure_khz).flatten();
     let mut command = Command::new(&spec.qemu);
     command
-        .args(arguments(spec, inherited, start))
+        .args(arguments(spec, inherited, start, tsc_khz))
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

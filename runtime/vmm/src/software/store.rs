@@ -152,7 +152,7 @@ fn name(spec: &VmSpec) -> io::Result<String> {
         id: String::new(),
         ..spec.clone()
     };
-    for word in arguments(&anyone, &Inherited::default(), Start::Save) {
+    for word in arguments(&anyone, &Inherited::default(), Start::Save, None) {
         digest.update(word.as_bytes());
         digest.update([0]);
     }
