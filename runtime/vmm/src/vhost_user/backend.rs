@@ -112,6 +112,16 @@ impl Backend {
         }
     }
 
+    /// Does what would have been done on notifications that got lost, in both directions.
+    pub(super) fn look_again(&mut self) {
+        for index in 0..self.rings.len() {
+            if self.rings[index].queue.ready() {
+                self.call_device(|device, context| device.queue_event(context, index));
+                self.rings[index].notify_again();
+            }
+        }
+    }
+
     /// The device's host descriptor is readable.
     pub(super) fn host_event(&mut self) {
         self.call_device(|device, context| device.host_event(context));

@@ -28,6 +28,11 @@ const HOST: u64 = SOCKET + 1;
 /// Most events taken from one wait: every queue of a large device, its socket and its host descriptor.
 const EVENTS: usize = 16;
 
+/// How long after the last event every queue is looked at once more, milliseconds. A guest with one processor is translated without the
+/// barriers of its `lock`ed instructions (TCG's CF_PARALLEL), so that what it last wrote may still be on its way to memory when it reads
+/// whether to notify, or to expect an interrupt: either can be lost. A processor keeps a write to itself for far less than this.
+const SETTLING: u16 = 1;
+
 /// How long QEMU may take to die after it has hung up, milliseconds. It is generous: only a QEMU that hangs up and lives
 /// makes anyone wait for it.
 const DYING: u16 = 5000;
@@ -108,12 +113,19 @@ impl Service {
     pub(crate) fn run(mut self) -> Result<(), ServeError> {
         let epoll = Arc::clone(self.lock().epoll());
         let mut events = [EpollEvent::empty(); EVENTS];
+        let mut patience = EpollTimeout::NONE;
         loop {
-            let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            let ready = match epoll.wait(&mut events, patience) {
+                Ok(0) => {
+                    self.lock().look_again();
+                    patience = EpollTimeout::NONE;
+                    continue;
+                }
                 Ok(ready) => ready,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => return Err(system("wait for events")(errno)),
             };
+            patience = EpollTimeout::from(SETTLING);
             for event in events.iter().take(ready) {
                 match event.data() {
                     SOCKET if self.take_early()? => {}

@@ -21,6 +21,8 @@ pub(super) struct Ring {
     kick: Option<File>,
     /// The device has put something into the used ring.
     call: Option<File>,
+    /// The guest seemed not to want to know when the used ring grew last.
+    withheld: bool,
     enabled: bool,
     /// What the guest has configured makes no sense; the ring stays silent until it is set up again.
     unusable: bool,
@@ -38,6 +40,7 @@ impl Ring {
             epoll,
             kick: None,
             call: None,
+            withheld: false,
             enabled: false,
             unusable: false,
         })
@@ -124,9 +127,21 @@ impl Ring {
 
     /// Tells the guest that the used ring has grown, if it wants to know.
     pub(super) fn notify(&mut self, memory: &GuestMemoryMmap) {
-        if self.queue.needs_notification(memory).unwrap_or(true)
-            && let Some(mut call) = self.call.as_ref()
-        {
+        self.withheld = !self.queue.needs_notification(memory).unwrap_or(true);
+        if !self.withheld {
+            self.call();
+        }
+    }
+
+    /// Tells the guest what it was not told; at worst it looks in vain.
+    pub(super) fn notify_again(&mut self) {
+        if std::mem::take(&mut self.withheld) {
+            self.call();
+        }
+    }
+
+    fn call(&self) {
+        if let Some(mut call) = self.call.as_ref() {
             // The counter can only be full of notifications that the guest has yet to see.
             let _ = call.write(&1u64.to_ne_bytes());
         }
@@ -136,6 +151,7 @@ impl Ring {
     pub(super) fn reset(&mut self) -> Result<(), ServeError> {
         self.pause()?;
         self.queue.reset();
+        self.withheld = false;
         self.enabled = false;
         self.unusable = false;
         Ok(())

@@ -283,6 +283,30 @@ fn a_kick_before_the_ring_is_enabled_is_not_lost() {
 }
 
 #[test]
+fn a_chain_whose_kick_got_lost_is_found() {
+    let mut peer = Peer::new();
+    peer.start();
+    peer.round_trip();
+    peer.offer(16);
+    assert_eq!(peer.call.read().unwrap(), 1);
+    assert_eq!(peer.used(), 2);
+    peer.end().unwrap();
+}
+
+#[test]
+fn an_interrupt_that_the_guest_seemed_not_to_want_is_made_up_for_once() {
+    let mut peer = Peer::new();
+    peer.start();
+    // VRING_AVAIL_F_NO_INTERRUPT.
+    let unwanted = GuestAddress(AVAILABLE);
+    peer.memory.write_obj(1u16, unwanted).unwrap();
+    peer.round_trip();
+    peer.memory.write_obj(0u16, unwanted).unwrap();
+    peer.round_trip();
+    peer.end().unwrap();
+}
+
+#[test]
 fn the_devices_own_events_reach_it() {
     let mut peer = Peer::new();
     peer.start();
