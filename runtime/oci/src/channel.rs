@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
@@ -20,10 +20,12 @@ pub enum Report {
     Failed(String),
 }
 
-/// From the verb.
-#[derive(Debug, Serialize, Deserialize)]
+/// From the verb, in this order.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
+    /// The process, and whatever it starts, is charged to the container's cgroup: it may start the VM.
+    Charged,
     /// The hooks have run: go on.
     GoOn,
     /// The caller has been told: the verb is not needed any more.
@@ -121,17 +123,19 @@ impl ProcessEnd {
         told.context("the command that began this is gone")
     }
 
-    /// The next order.
+    /// Waits for an order, which is the next.
     ///
     /// # Errors
     /// When the verb is gone, whose caller then knows nothing of this process.
-    pub async fn order(&mut self) -> Result<Order> {
+    pub async fn expect(&mut self, order: &Order) -> Result<()> {
         let gone = "the command that began this is gone";
         let mut line = String::new();
-        match self.0.read_line(&mut line).await.context(gone)? {
-            0 => bail!(gone),
-            _ => parse(&line),
+        if self.0.read_line(&mut line).await.context(gone)? == 0 {
+            bail!(gone);
         }
+        let said: Order = parse(&line)?;
+        ensure!(said == *order, "expected {order:?}, and was told {said:?}");
+        Ok(())
     }
 }
 

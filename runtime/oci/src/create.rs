@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use cloison_sandbox::{Home, Parts, mount_in_guest};
+use cloison_sandbox::{Home, HostCgroup, HostLimits, Parts, mount_in_guest};
 use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::{Hooks, Spec};
 
@@ -28,13 +28,8 @@ fn wants_template() -> bool {
     std::env::var_os("CLOISON_TEMPLATE").is_none_or(|choice| choice != "off")
 }
 
-/// The VM for a container that is given one of its own, its engine, and why that.
-fn own_vm(home: &Home, log: &Log, args: &Create, plan: &Plan) -> Result<(Place, Engine, String)> {
-    // What is left of probing KVM may be a thread, and a process with several cannot be split.
-    let Chosen { engine, reason, .. } = choose(plan.engine)?;
-    if plan.engine == EngineChoice::Auto && engine == Engine::Software {
-        log.info(&reason);
-    }
+/// The VM for a container that is given one of its own, on an engine that has been chosen for it.
+fn own_vm(home: &Home, args: &Create, plan: &Plan, engine: Engine) -> Result<VmSpec> {
     let parts = Parts::from_env();
     let vm = VmSpec {
         id: args.container.clone(),
@@ -53,7 +48,7 @@ fn own_vm(home: &Home, log: &Log, args: &Create, plan: &Plan) -> Result<(Place, 
     };
     vm.validate()
         .context("cannot make a VM for this container")?;
-    Ok((Place::Own(vm), engine, reason))
+    Ok(vm)
 }
 
 /// The container's shared memory, for others that will have its IPC namespace.
@@ -105,6 +100,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     for note in &plan.notes {
         log.info(note);
     }
+    let mut left_of_probing = None;
     let (place, engine, engine_reason) = match Membership::find(home, &plan)? {
         Some(membership) => {
             for note in membership.notes(&plan)? {
@@ -113,7 +109,19 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
             let (engine, reason) = (membership.engine, membership.engine_reason.clone());
             (Place::In(membership), engine, reason)
         }
-        None => own_vm(home, log, args, &plan)?,
+        None => {
+            let Chosen {
+                engine,
+                reason,
+                probed,
+            } = choose(plan.engine)?;
+            if plan.engine == EngineChoice::Auto && engine == Engine::Software {
+                log.info(&reason);
+            }
+            left_of_probing = probed;
+            let vm = own_vm(home, args, &plan, engine)?;
+            (Place::Own(vm), engine, reason)
+        }
     };
 
     let rootfs = plan.rootfs.clone();
@@ -139,8 +147,8 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     };
     let child = match split() {
         Ok(Side::Child(channel)) => {
-            // The lock is the verb's, and the monitor outlives it.
-            drop(verb_lock);
+            // The lock is the verb's, and the monitor outlives it; what is left of probing is the verb's to wait for.
+            drop((verb_lock, left_of_probing));
             std::process::exit(monitor::serve(job, channel).into())
         }
         Ok(Side::Parent(child)) => child,
@@ -149,15 +157,23 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
             return Err(error);
         }
     };
+    let limits = job.host_limits();
     drop(job);
     let mut verb = VerbEnd::new(child.channel.try_clone()?);
+    record.pid = child.pid.as_raw();
     let begun = Begun {
         container,
         record,
         spec,
         hooks: host_hooks,
     };
-    match begun.follow(&mut verb, &child, args.pid_file.as_deref()) {
+    let charged = begun.charge(&mut verb, &child, &limits);
+    let followed = charged.and_then(|()| begun.run_hooks(&mut verb));
+    // The guest boots meanwhile.
+    drop(left_of_probing);
+    let followed =
+        followed.and_then(|()| begun.follow(&mut verb, &child, args.pid_file.as_deref()));
+    match followed {
         Ok(()) => {
             verb.order(&Order::Stay);
             Ok(Made {
@@ -182,13 +198,26 @@ struct Begun {
 }
 
 impl Begun {
-    /// Follows the monitor to where the container waits for its start, and runs the hooks of the host meanwhile.
-    fn follow(&self, verb: &mut VerbEnd, child: &Child, pid_file: Option<&Path>) -> Result<()> {
+    /// Puts the monitor, which is on its way, and so the VM into the container's cgroup. That is the verb's work because it is mostly waiting.
+    fn charge(&self, verb: &mut VerbEnd, child: &Child, limits: &HostLimits) -> Result<()> {
+        let charged =
+            HostCgroup::at(&self.record.cgroup).and_then(|cgroup| cgroup.create(limits, child.pid));
+        if let Err(error) = charged {
+            // A monitor that has failed cannot be moved, and says itself why.
+            verb.expect_ready()?;
+            return Err(error.into());
+        }
+        verb.order(&Order::Charged);
+        Ok(())
+    }
+
+    /// Runs the hooks of the host while the guest boots.
+    fn run_hooks(&self, verb: &mut VerbEnd) -> Result<()> {
         verb.expect_ready()?;
-        let mut record = self.record.clone();
-        record.pid = child.pid.as_raw();
-        self.container.save(&record)?;
-        let state = self.container.state(Status::Creating, &record, &self.spec);
+        self.container.save(&self.record)?;
+        let state = self
+            .container
+            .state(Status::Creating, &self.record, &self.spec);
         // Callers still use it.
         #[allow(deprecated)]
         let prestart = self.hooks.prestart();
@@ -199,7 +228,13 @@ impl Begun {
             &state,
         )?;
         verb.order(&Order::GoOn);
+        Ok(())
+    }
+
+    /// Follows the monitor to where the container waits for its start.
+    fn follow(&self, verb: &mut VerbEnd, child: &Child, pid_file: Option<&Path>) -> Result<()> {
         verb.expect_made()?;
+        let mut record = self.record.clone();
         record.phase = Phase::Created;
         self.container.save(&record)?;
         write_pid(pid_file, child.pid)
@@ -207,15 +242,15 @@ impl Begun {
 
     /// Leaves nothing of it.
     fn undo(&self, child: &Child, log: &Log) {
-        let mut record = self.record.clone();
-        record.pid = child.pid.as_raw();
         if let Err(error) = self.container.end() {
             log.warn(format!("{error:#}"));
         }
         if let Err(error) = child.wait() {
             log.warn(format!("{error:#}"));
         }
-        let state = self.container.state(Status::Stopped, &record, &self.spec);
+        let state = self
+            .container
+            .state(Status::Stopped, &self.record, &self.spec);
         for error in hooks::run_all("poststop", self.hooks.poststop().as_ref(), &state) {
             log.warn(format!("{error:#}"));
         }

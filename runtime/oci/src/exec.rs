@@ -73,13 +73,16 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
 }
 
 fn in_background(job: Job, pid_file: Option<&Path>) -> Result<u8> {
+    let cgroup = HostCgroup::at(&job.record.cgroup)?;
     let child = match split()? {
         Side::Child(channel) => std::process::exit(serve(job, channel).into()),
         Side::Parent(child) => child,
     };
     let mut verb = VerbEnd::new(child.channel.try_clone()?);
-    let made = verb
-        .expect_made()
+    // It is on its way meanwhile.
+    let charged = cgroup.take_in(child.pid).map_err(anyhow::Error::from);
+    let made = charged
+        .and_then(|()| verb.expect_made())
         .and_then(|()| write_pid(pid_file, child.pid));
     match made {
         Ok(()) => {
@@ -150,7 +153,6 @@ fn serve(job: Job, channel: UnixStream) -> u8 {
 
 fn stand_in(job: Job, channel: UnixStream) -> Result<u8> {
     let stdio = take_stdio()?;
-    HostCgroup::at(&job.record.cgroup)?.enter()?;
     network::enter(Path::new(&format!("/proc/{}/ns/net", job.record.pid)))?;
     let (streams, sizes) = match (translate::terminal(&job.process), &job.console_socket) {
         (Some(size), Some(socket)) => {
@@ -199,7 +201,7 @@ impl Job {
             .map_err(Error::from)?;
         if let Some(mut channel) = channel {
             channel.tell(&Report::Made).await?;
-            channel.order().await?;
+            channel.expect(&Order::Stay).await?;
         }
         let attached = Attached {
             agent: &agent,

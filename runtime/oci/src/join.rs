@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use anyhow::{Context, Result};
 use cloison_sandbox::{Agent, Error, ExitStatus, Failure, Joined, Lifeline, Sandbox, Signals};
 
-use crate::channel::ProcessEnd;
+use crate::channel::{Order, ProcessEnd};
 use crate::container::{Container, Record};
 use crate::monitor::Ready;
 use crate::pod::Membership;
@@ -30,8 +30,9 @@ pub async fn run(
     let mut channel = ProcessEnd::new(channel)?;
     let vm = membership.vm();
     let agent = reach(&vm, membership).await?;
+    channel.expect(&Order::Charged).await?;
     // The hooks of the host have run.
-    channel.order().await?;
+    channel.expect(&Order::GoOn).await?;
     let lifeline = Lifeline::attach(vm.control()?)?;
     let wiring = std::mem::take(&mut ready.streams).attach(vm.control()?)?;
     let joined = Joined {

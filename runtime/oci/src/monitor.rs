@@ -22,7 +22,7 @@ use cloison_sandbox::{
 use cloison_vmm::{ControlClient, VmSpec};
 use oci_spec::runtime::{Hook, Spec};
 
-use crate::channel::{self, ProcessEnd, Report};
+use crate::channel::{self, Order, ProcessEnd, Report};
 use crate::console::{Console, inherited_size, inherited_streams};
 use crate::container::{Container, Record, Status};
 use crate::fork::take_stdio;
@@ -64,8 +64,9 @@ pub enum Place {
 }
 
 impl Job {
-    /// The memory limit is for a container that has one itself: without, the VM's size is a default that promises nothing.
-    fn host_limits(&self) -> HostLimits {
+    /// The limits of the host's cgroup. Its memory is limited for a container that has a limit itself: without, the VM's size is a default
+    /// that promises nothing.
+    pub fn host_limits(&self) -> HostLimits {
         match &self.place {
             Place::Own(vm) => HostLimits {
                 memory: self
@@ -118,8 +119,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     let container = job.container.clone();
     let stdio = take_stdio()?;
     let _lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
-    let cgroup = HostCgroup::at(&job.plan.cgroup)?;
-    cgroup.create(&job.host_limits())?;
+    let cgroup = job.plan.cgroup.clone();
     job.plan.network.enter()?;
     // All that the caller has named by its path is where the caller is.
     let console = match (job.plan.terminal, &job.console_socket) {
@@ -178,7 +178,7 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         }
     })?;
     if ended.oom_killed
-        && let Err(error) = cgroup.report_oom()
+        && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
     {
         job.log.warn(format!("{:#}", anyhow::Error::from(error)));
     }
@@ -202,6 +202,7 @@ impl Ready {
         let mut network = Network::new(&namespace).context(NO_NETWORK)?;
         let nics = network.early().await.context(NO_NETWORK)?;
         spec.spare_nics = spare_nics(nics.len());
+        channel.expect(&Order::Charged).await?;
         let (mut vm, wiring) = self
             .sandbox
             .launch(spec, streams, nics)
@@ -212,7 +213,7 @@ impl Ready {
             let drive = async {
                 agent.hello().await.map_err(Error::from)?;
                 // The hooks of the host, which may bring interfaces, ran while the guest booted.
-                channel.order().await?;
+                channel.expect(&Order::GoOn).await?;
                 network.settle(&agent, &control).await.context(NO_NETWORK)?;
                 let rendezvous = Rendezvous::at(&container.dir())?;
                 self.make(&agent, &wiring, None, container, record, &mut channel)
@@ -344,7 +345,7 @@ impl Ready {
         signals: &mut Signals,
     ) -> Result<ExitStatus> {
         // A caller that was never told of the container cannot end it.
-        channel.order().await?;
+        channel.expect(&Order::Stay).await?;
         let attached = Attached {
             agent,
             container: &self.id,

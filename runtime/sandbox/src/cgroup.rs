@@ -131,13 +131,14 @@ impl HostCgroup {
         Path::new("/").join(DEFAULT_PARENT).join(id)
     }
 
-    /// Makes it, or takes one that exists, and moves this process, and so what it will start, into it.
+    /// Makes it, or takes one that exists, and moves a process, and so what that will start, into it. The kernel waits some milliseconds
+    /// for all its processors to do so.
     ///
     /// # Errors
     /// When the host refuses.
-    pub fn create(&self, limits: &HostLimits) -> Result<(), Error> {
+    pub fn create(&self, limits: &HostLimits, process: Pid) -> Result<(), Error> {
         if let Some(scope) = &self.scope {
-            let started = scope.start(limits);
+            let started = scope.start(limits, process);
             started.map_err(self.refused("create"))?;
         }
         // On cgroup v1 systemd makes it in some hierarchies alone.
@@ -145,7 +146,7 @@ impl HostCgroup {
             self.cgroup.create().map_err(self.failed("create"))?;
         }
         self.write(limits)?;
-        self.enter()
+        self.take_in(process)
     }
 
     /// Sets limits.
@@ -209,15 +210,14 @@ impl HostCgroup {
             .ok_or(Error::NoController { name })
     }
 
-    /// Moves this process, and so what it will start, into one that exists.
+    /// Moves a process, and so what that will start, into one that exists.
     ///
     /// # Errors
     /// When the host refuses.
-    pub fn enter(&self) -> Result<(), Error> {
-        let own = CgroupPid::from(u64::from(std::process::id()));
+    pub fn take_in(&self, process: Pid) -> Result<(), Error> {
         self.cgroup
-            .add_task_by_tgid(own)
-            .map_err(self.failed("enter"))
+            .add_task_by_tgid(CgroupPid::from(u64::from(process.as_raw().unsigned_abs())))
+            .map_err(self.failed("move a process into"))
     }
 
     /// Has the host's kernel report that the OOM killer has struck in this cgroup, as it has in the guest's, where the host's kernel

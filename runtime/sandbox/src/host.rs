@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::libc;
+use nix::libc::{self, PF_USER_WORKER};
 use nix::unistd::{ForkResult, Pid, fork};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -71,14 +71,45 @@ pub fn take_charge(terminal: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// When the process has more than one thread, or the system has no room for another.
 pub fn split() -> io::Result<Option<Pid>> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+    if threads()? != 1 {
         return Err(io::Error::other(
             "a process with several threads cannot be split",
         ));
     }
-    // SAFETY: this is the process's only thread, as was just seen, so the child finds no lock held by a thread it lacks.
+    // SAFETY: no other thread runs this process's code, as was just seen, so the child finds no lock held by a thread it lacks.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(Some(child)),
         ForkResult::Child => Ok(None),
+    }
+}
+
+/// The threads of this process, without those that the kernel runs in its name and that never leave the kernel: KVM has one for each VM.
+fn threads() -> io::Result<usize> {
+    let mut threads = 0;
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+        // The name, which may have any character, ends with the last parenthesis; the flags are the seventh field after it.
+        let flags = stat.rsplit_once(')').and_then(|(_, rest)| {
+            let flags = rest.split_whitespace().nth(6)?;
+            flags.parse::<libc::c_int>().ok()
+        });
+        let flags = flags.ok_or(io::ErrorKind::InvalidData)?;
+        threads += usize::from(flags & PF_USER_WORKER == 0);
+    }
+    Ok(threads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_with_several_threads_is_not_split() {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || wait.recv());
+        assert!(threads().unwrap() > 1);
+        assert!(split().is_err());
+        drop(go);
+        assert!(other.join().unwrap().is_err());
     }
 }

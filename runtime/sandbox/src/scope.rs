@@ -10,6 +10,7 @@ use cgroups_rs::fs::hierarchies::is_cgroup2_unified_mode;
 use cgroups_rs::systemd::props::PropertiesBuilder;
 use cgroups_rs::systemd::utils::expand_slice;
 use cgroups_rs::systemd::{DEFAULT_SLICE, SCOPE_SUFFIX, SLICE_SUFFIX, cpu, cpuset, memory};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use zbus::export::ordered_stream::OrderedStreamExt;
@@ -81,14 +82,14 @@ impl Scope {
         Path::new(&expand_slice(&self.slice).unwrap_or_default()).join(&self.unit)
     }
 
-    /// Makes it, with the calling process in it.
+    /// Makes it, with a process in it.
     ///
     /// # Errors
     /// When systemd cannot be reached, refuses, or does not come to an end.
-    pub(crate) fn start(&self, limits: &HostLimits) -> Result<(), ScopeError> {
+    pub(crate) fn start(&self, limits: &HostLimits, process: Pid) -> Result<(), ScopeError> {
         let mut properties = PropertiesBuilder::default_cgroup(&self.slice, &self.unit)
             .description(format!("cloison container {}", self.unit))
-            .pids(vec![std::process::id()])
+            .pids(vec![process.as_raw().unsigned_abs()])
             .build();
         properties.extend(self.properties(limits)?);
         let auxiliary: Vec<(&str, Vec<(&str, Value<'_>)>)> = Vec::new();

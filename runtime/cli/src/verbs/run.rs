@@ -49,12 +49,15 @@ pub fn run(global: &Global, home: &Home, args: Run, began: u64) -> Result<u8, Fa
         profile.front_end("reading the image");
     }
     if args.process.detach {
-        // KVM keeps a thread in a process that has a VM, and a process with several threads cannot be split.
-        prepared.probed = None;
         let report = detached::split()?;
+        // Whichever process is the last to do so waits for it; the first one has nothing else to do.
         return match report {
-            detached::Side::Parent(report) => report.relay(),
+            detached::Side::Parent(report) => {
+                drop(prepared.probed);
+                report.relay()
+            }
             detached::Side::Child(reporter) => {
+                prepared.probed = None;
                 let (streams, outputs) = detached::streams(&args.process)?;
                 let made = make(home, &args, prepared, streams);
                 reporter.supervise(made, outputs)
