@@ -5,8 +5,10 @@
 mod command;
 mod image;
 mod monitor;
+mod output;
 mod qemu;
 mod qmp;
+mod spawn;
 mod store;
 mod template;
 mod transcript;

@@ -7,10 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use cloison_devices::MacAddress;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::json;
 
 use super::command::{Late, late_devices};
-use super::qemu::memory_file;
 use super::qmp::{Qmp, QmpError};
 
 /// How long QEMU may take for an answer; its guest is stopped meanwhile.
@@ -38,7 +38,7 @@ impl Monitor {
         let (input, of_guest) = io::pipe()?;
         let monitor = Self {
             qmp: Qmp::new(ours),
-            state: memory_file(c"cloison-state")?,
+            state: memfd_create(c"cloison-state", MFdFlags::MFD_CLOEXEC)?.into(),
             input: of_guest,
         };
         Ok((monitor, OfQemu { socket, input }))

@@ -8,8 +8,9 @@ use cloison_devices::MacAddress;
 
 use super::command::{MAX_TEMPLATE_NICS, Start};
 use super::image;
-use super::qemu::{Qemu, Sockets, SoftwareError};
+use super::qemu::{Qemu, SoftwareError};
 use super::qmp::QmpError;
+use super::spawn::Sockets;
 use super::store::Store;
 use crate::kernel_log::KernelLog;
 use crate::spec::{Template, VmSpec};
