@@ -37,8 +37,6 @@ impl Console {
         let mut raw = tcgetattr(&pty.slave).context("cannot read a terminal's settings")?;
         cfmakeraw(&mut raw);
         tcsetattr(&pty.slave, SetArg::TCSANOW, &raw).context("cannot make a terminal raw")?;
-        cloison_sandbox::take_charge(pty.slave.as_fd())
-            .context("cannot take charge of a terminal")?;
         let failed = || {
             format!(
                 "cannot hand the terminal to the console socket {}",
@@ -56,6 +54,9 @@ impl Console {
             None,
         )
         .with_context(failed)?;
+        // Not before: the end of a master that nobody has taken would be the end of this process, and its error untold.
+        cloison_sandbox::take_charge(pty.slave.as_fd())
+            .context("cannot take charge of a terminal")?;
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
         fcntl(&pty.slave, FcntlArg::F_SETFL(flags)).context("cannot set up a terminal")?;
         Ok(Self { slave: pty.slave })

@@ -618,6 +618,23 @@ fn a_terminal_goes_to_the_console_socket_and_follows_its_size() {
     assert!(seen.contains("30 100"), "{seen}");
 }
 
+#[test]
+fn a_console_socket_that_nobody_listens_at_is_an_error_that_names_it() {
+    let bundle = Bundle::shell("true").with(|config| config["process"]["terminal"] = true.into());
+    let socket = bundle.host.path("console");
+    let socket = socket.to_str().unwrap();
+    let dir = bundle.dir();
+    let create = [
+        "create",
+        "--console-socket",
+        socket,
+        "--bundle",
+        dir.to_str().unwrap(),
+        "one",
+    ];
+    fail(&bundle.run(&create), 1, &["console socket", socket]);
+}
+
 fn until(terminal: &mut File, word: &str) -> String {
     let mut seen = String::new();
     let mut block = [0; 1024];
