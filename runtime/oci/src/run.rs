@@ -3,8 +3,10 @@
 use anyhow::Result;
 use cloison_sandbox::{Home, RawTerminal, Signals};
 use nix::sys::signal::Signal;
+use oci_spec::runtime::Process;
 
 use crate::args::Run;
+use crate::container::Container;
 use crate::create::{Made, make};
 use crate::delete::destroy;
 use crate::log::Log;
@@ -14,22 +16,17 @@ use crate::{fork, runtime};
 /// Runs a container; the status is its own.
 pub fn run(home: &Home, log: &Log, systemd: bool, args: &Run) -> Result<u8> {
     let Made { container, monitor } = make(home, log, systemd, &args.create, args.detach)?;
-    let raw = match args.detach || args.create.console_socket.is_some() {
-        true => None,
-        // A container without a terminal leaves the person's as it is.
-        false => container
-            .spec()?
-            .process()
-            .as_ref()
-            .is_some_and(|process| process.terminal() == Some(true))
-            .then(RawTerminal::enter)
-            .transpose()?,
+    let begun = raw_terminal(args, &container).and_then(|raw| {
+        start(home, log, &args.create.container)?;
+        Ok(raw)
+    });
+    let raw = match begun {
+        Ok(raw) => raw,
+        Err(error) => {
+            let _ = destroy(&container, log);
+            return Err(error);
+        }
     };
-    if let Err(error) = start(home, log, &args.create.container) {
-        drop(raw);
-        let _ = destroy(&container, log);
-        return Err(error);
-    }
     if args.detach {
         return Ok(0);
     }
@@ -39,6 +36,18 @@ pub fn run(home: &Home, log: &Log, systemd: bool, args: &Run) -> Result<u8> {
         destroy(&container, log)?;
     }
     Ok(status)
+}
+
+/// The caller's terminal, for a container in the foreground that has one; without, the caller's stays as it is.
+fn raw_terminal(args: &Run, container: &Container) -> Result<Option<RawTerminal>> {
+    if args.detach || args.create.console_socket.is_some() {
+        return Ok(None);
+    }
+    let spec = container.spec()?;
+    let terminal = spec.process().as_ref().and_then(Process::terminal);
+    Ok((terminal == Some(true))
+        .then(RawTerminal::enter)
+        .transpose()?)
 }
 
 /// Passes signals on to the monitor, which passes them on, until it has ended.

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -616,6 +617,18 @@ fn a_terminal_goes_to_the_console_socket_and_follows_its_size() {
     std::io::Write::write_all(&mut terminal, b"hello\n").unwrap();
     seen += &until(&mut terminal, "got hello");
     assert!(seen.contains("30 100"), "{seen}");
+}
+
+#[test]
+fn a_terminal_where_the_caller_has_none_is_an_error_and_nothing_is_left() {
+    let bundle = Bundle::shell("true").with(|config| config["process"]["terminal"] = true.into());
+    let dir = bundle.dir();
+    let mut run = command(&bundle.host);
+    run.args(["run", "--bundle", dir.to_str().unwrap(), "one"]);
+    // SAFETY: setsid is async-signal-safe, and nothing else is done between fork and exec.
+    unsafe { run.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
+    fail(&run.output().unwrap(), 1, &["terminal"]);
+    assert_eq!(text(&bundle.run(&["list", "-q"]).stdout), "");
 }
 
 #[test]
