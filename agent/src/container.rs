@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
@@ -13,6 +14,7 @@ use nix::unistd::Pid;
 
 use crate::cgroup::Cgroup;
 use crate::connect::Connect;
+use crate::cpus;
 use crate::devices::Rule;
 use crate::dirs;
 use crate::error::{Doing, Error, Result};
@@ -40,6 +42,25 @@ pub struct Shared {
     pub reaper: Arc<Reaper>,
     /// When the agent began, or went on after [`crate::template::wait`], by [`crate::boot::uptime`].
     pub began: OnceLock<Duration>,
+    /// How many CPUs the guest may use.
+    pub cpus: AtomicU32,
+}
+
+impl Shared {
+    pub fn new(connect: Box<dyn Connect>, reaper: Arc<Reaper>) -> Self {
+        Self {
+            connect,
+            reaper,
+            began: OnceLock::new(),
+            cpus: AtomicU32::new(u32::MAX),
+        }
+    }
+
+    /// As many of the CPUs that a container is limited to as the guest may use.
+    fn cpus(&self, usable: Option<u32>) -> u32 {
+        let all = self.cpus.load(Ordering::Relaxed);
+        usable.map_or(all, |usable| usable.min(all))
+    }
 }
 
 /// What a container is doing, as its owner sees it.
@@ -183,7 +204,7 @@ impl Container {
         let request = Request::Create(Create {
             container_id: self.id.as_str().to_owned(),
             bundle,
-            cpus: spec.cpus,
+            cpus: self.shared.cpus(spec.cpus),
             stdio: stdio.for_helper(),
             workload: spec.workload,
         });
@@ -450,6 +471,7 @@ impl Container {
         }
         let request = Request::Update(Update {
             cgroup: self.cgroup.path.clone(),
+            cpus: cpus::usable(Some(&resources)).map(|usable| self.shared.cpus(Some(usable))),
             resources,
         });
         // In the helper, because lowering a memory limit may take as long as the kernel needs to reclaim.

@@ -1,5 +1,6 @@
-//! The guest's CPUs. A VM starts with one; the others are present but parked, so that they cost nothing at boot, and are brought online
-//! when a container may use them (Linux, Documentation/core-api/cpu_hotplug.rst). How many there are is the host's decision.
+//! The guest's CPUs. A VM starts with one; the others are present but parked, so that they cost little at boot, and are brought online
+//! when a container may use them (Linux, Documentation/core-api/cpu_hotplug.rst). How many there are, and how many of those the guest
+//! may use, is the host's decision: one that the host does not run never answers.
 
 use std::fs;
 use std::io;
@@ -26,12 +27,31 @@ pub fn usable(resources: Option<&LinuxResources>) -> Option<u32> {
     Some(u32::try_from(most).unwrap_or(u32::MAX))
 }
 
-/// Brings the first `count` CPUs online that are present, or all.
+/// Brings the first `count` CPUs online that are present.
 ///
 /// # Errors
 /// Naming the CPU that could not be started.
-pub fn bring_online(count: Option<u32>) -> io::Result<()> {
-    bring_online_in(Path::new(CPUS), count.unwrap_or(u32::MAX))
+pub fn bring_online(count: u32) -> io::Result<()> {
+    bring_online_in(Path::new(CPUS), count)
+}
+
+/// Takes all CPUs but the first `count` offline. The very first one stays.
+///
+/// # Errors
+/// Naming the CPU that could not be stopped.
+pub fn take_offline(count: u32) -> io::Result<()> {
+    take_offline_in(Path::new(CPUS), count.max(1))
+}
+
+fn take_offline_in(directory: &Path, count: u32) -> io::Result<()> {
+    let online = fs::read_to_string(directory.join("online"))?;
+    for cpu in numbers(&online).filter(|cpu| *cpu >= count) {
+        let file = directory.join(format!("cpu{cpu}/online"));
+        fs::write(&file, "0").map_err(|error| {
+            io::Error::new(error.kind(), format!("taking CPU {cpu} offline: {error}"))
+        })?;
+    }
+    Ok(())
 }
 
 fn bring_online_in(directory: &Path, count: u32) -> io::Result<()> {
@@ -121,8 +141,15 @@ mod tests {
         assert_eq!((state(2), state(3)), ("0".into(), "0".into()));
         bring_online_in(directory.path(), 3).unwrap();
         assert_eq!((state(2), state(3)), ("1".into(), "0".into()));
+        put("online", "0-3\n");
+        take_offline_in(directory.path(), 3).unwrap();
+        assert_eq!((state(2), state(3)), ("1".into(), "0".into()));
+        put("online", "0-1\n");
         fs::remove_dir_all(directory.path().join("cpu3")).unwrap();
         let error = bring_online_in(directory.path(), 4).unwrap_err();
+        assert!(error.to_string().contains("CPU 3"), "{error}");
+        put("online", "0-3\n");
+        let error = take_offline_in(directory.path(), 3).unwrap_err();
         assert!(error.to_string().contains("CPU 3"), "{error}");
     }
 }

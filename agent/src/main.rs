@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use cloison_agent::connect::{self, Host, Listener};
@@ -69,11 +68,7 @@ fn mount_shared() {
 }
 
 async fn serve(begun: Option<Begun>) -> Result<(), Box<dyn std::error::Error>> {
-    let service = Service::new(Shared {
-        connect: Box::new(Host),
-        reaper: Reaper::start()?,
-        began: OnceLock::new(),
-    });
+    let service = Service::new(Shared::new(Box::new(Host), Reaper::start()?));
     let (_server, connections) = server::start(service.clone(), end).await?;
     let listener = Listener::bind(AGENT_PORT)?;
     let begun = match begun {

@@ -26,8 +26,8 @@ pub enum Request {
 pub struct Create {
     pub container_id: String,
     pub bundle: PathBuf,
-    /// How many CPUs it may use; `None`: all.
-    pub cpus: Option<u32>,
+    /// How many CPUs of the guest's it is to have.
+    pub cpus: u32,
     pub stdio: ChildStdio,
     pub workload: Workload,
 }
@@ -47,6 +47,8 @@ pub struct Exec {
 pub struct Update {
     /// Path within the hierarchy.
     pub cgroup: PathBuf,
+    /// How many CPUs of the guest's the container is to have, if that changes.
+    pub cpus: Option<u32>,
     pub resources: LinuxResources,
 }
 

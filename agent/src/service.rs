@@ -11,11 +11,11 @@ use std::{fs, io};
 use async_trait::async_trait;
 use cloison_agent_api::agent::Status as StatusMessage;
 use cloison_agent_api::agent::{
-    ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CreateContainerRequest,
-    DeleteContainerRequest, DeviceRequest, Empty, ExecRequest, HelloRequest, HelloResponse,
-    Interface, InterfaceRequest, ListProcessesResponse, ProcessRequest, ProcessResponse,
-    ResizeTtyRequest, ResolverRequest, ShutdownRequest, SignalRequest, Stdio, TtySize,
-    UpdateContainerRequest, WaitResponse,
+    ContainerRequest, ContainerStateResponse, ContainerStatsResponse, CpusRequest,
+    CreateContainerRequest, DeleteContainerRequest, DeviceRequest, Empty, ExecRequest,
+    HelloRequest, HelloResponse, Interface, InterfaceRequest, ListProcessesResponse,
+    ProcessRequest, ProcessResponse, ResizeTtyRequest, ResolverRequest, ShutdownRequest,
+    SignalRequest, Stdio, TtySize, UpdateContainerRequest, WaitResponse,
 };
 use cloison_agent_api::agent_ttrpc::Agent;
 use cloison_agent_api::{MAX_ENTROPY, PROTOCOL};
@@ -27,6 +27,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::boot;
 use crate::container::{Container, Shared, Status};
+use crate::cpus;
 use crate::error::{Doing, Error, Result, chain};
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::interfaces::{self, Interfaces};
@@ -69,6 +70,14 @@ impl Service {
     /// True once the guest has been shut down.
     pub fn over(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.over)
+    }
+
+    /// Has the guest use so many CPUs, of those that there are, and no others.
+    fn use_first_cpus(&self, count: u32) -> io::Result<()> {
+        cpus::take_offline(count)?;
+        cpus::bring_online(count)?;
+        self.shared.cpus.store(count, Ordering::Relaxed);
+        Ok(())
     }
 
     /// From here on the guest is this sandbox's own. Only the first call counts.
@@ -352,7 +361,11 @@ fn hello(request: &HelloRequest, began: Option<Duration>) -> Result<HelloRespons
 #[async_trait]
 impl Agent for Service {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
-        Ok(hello(&request, self.shared.began.get().copied())?)
+        let response = hello(&request, self.shared.began.get().copied())?;
+        if request.cpus != 0 {
+            self.shared.cpus.store(request.cpus, Ordering::Relaxed);
+        }
+        Ok(response)
     }
 
     async fn create_container(
@@ -503,6 +516,20 @@ impl Agent for Service {
             process.resize(columns, rows)?;
         }
         Ok(Empty::new())
+    }
+
+    async fn use_cpus(&self, _: &TtrpcContext, request: CpusRequest) -> ttrpc::Result<Empty> {
+        let (service, count) = (self.clone(), request.count);
+        if count == 0 {
+            let why = "a guest has one at least".into();
+            return Err(Error::Invalid {
+                what: "number of CPUs",
+                why,
+            }
+            .into());
+        }
+        let doing = || "changing the number of CPUs".into();
+        whole(off_loop(move || service.use_first_cpus(count), doing)).await
     }
 
     async fn take_device(&self, _: &TtrpcContext, request: DeviceRequest) -> ttrpc::Result<Empty> {

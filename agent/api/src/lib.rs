@@ -14,7 +14,7 @@ pub use generated::{agent, agent_ttrpc};
 
 /// Version of the protocol. Raised by every change an older peer would misunderstand; the two sides work together only when
 /// they say the same number in `Hello`.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The host's vsock context ID (virtio 1.3 §5.10.4, VMADDR_CID_HOST).
 pub const HOST_CID: u32 = 2;

@@ -163,8 +163,8 @@ fn run_update(update: &Update) -> Result<Report, String> {
         oom_score_adj: None,
         freezer_state: None,
     };
-    if let Some(count) = cpus::usable(Some(&update.resources)) {
-        cpus::bring_online(Some(count)).map_err(|error| describe(&error))?;
+    if let Some(count) = update.cpus {
+        cpus::bring_online(count).map_err(|error| describe(&error))?;
     }
     manager.apply(&options).map_err(|error| describe(&error))?;
     Ok(Report::Done)

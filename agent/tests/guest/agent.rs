@@ -90,13 +90,11 @@ impl Guest {
     /// Starts the agent, which serves as long as the second value lives.
     pub async fn start() -> (Self, ttrpc::r#async::Server) {
         let ports = Ports::default();
-        let shared = Shared {
-            connect: Box::new(ports.clone()),
-            reaper: Reaper::start().unwrap(),
-            began: boot::uptime().into(),
-        };
+        let shared = Shared::new(Box::new(ports.clone()), Reaper::start().unwrap());
+        let service = Service::new(shared);
+        service.begin(boot::uptime());
         // The VM must live on after the last connection, to say how the tests went.
-        let (server, connections) = server::start(Service::new(shared), || {}).await.unwrap();
+        let (server, connections) = server::start(service, || {}).await.unwrap();
         let client = connect(&connections).await;
         let guest = Self {
             client,

@@ -6,9 +6,9 @@ mod blocks;
 mod request;
 
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -125,6 +125,23 @@ struct Shared {
     requested: Knob,
     /// Bytes it has.
     plugged: AtomicU64,
+    /// Closed when the guest has what was asked for last.
+    done: Mutex<Option<OwnedFd>>,
+}
+
+impl Shared {
+    /// Lets go of the descriptor that is waited on, if there is nothing left to wait for.
+    fn settle(&self) {
+        let mut done = self.waiting();
+        if self.plugged.load(Ordering::Acquire) == self.requested.get() {
+            drop(done.take());
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        // A descriptor and nothing else is behind the lock.
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Gives memory to a guest, and asks for it back, from other threads.
@@ -133,15 +150,22 @@ pub struct MemHandle(Arc<Shared>);
 
 impl MemHandle {
     /// Asks the guest to have `bytes` plugged; it can at once plug no more than that, and unplugs what is more as far as it can.
+    /// `done` is closed when it has just that, or is asked for something else.
     ///
     /// # Errors
     /// [`MemError::Request`].
-    pub fn request(&self, bytes: u64) -> Result<(), MemError> {
+    pub fn request(&self, bytes: u64, done: Option<OwnedFd>) -> Result<(), MemError> {
         let most = self.0.length;
         if bytes > most || !bytes.is_multiple_of(BLOCK) {
             return Err(MemError::Request { bytes, most });
         }
+        // Both at once, or else what was asked for before could settle what waits for this.
+        let mut waiting = self.0.waiting();
+        *waiting = done;
         self.0.requested.set(bytes);
+        drop(waiting);
+        // Where nothing is to change, nothing will tell of it.
+        self.0.settle();
         Ok(())
     }
 
@@ -182,6 +206,7 @@ impl Mem {
                 length,
                 requested: Knob::new(0).map_err(MemError::Setup)?,
                 plugged: AtomicU64::new(0),
+                done: Mutex::default(),
             }),
         })
     }
@@ -249,7 +274,8 @@ impl Mem {
 
     /// Tells the handles how much is plugged.
     fn publish(&self) {
-        self.shared.plugged.store(self.plugged(), Ordering::Relaxed);
+        self.shared.plugged.store(self.plugged(), Ordering::Release);
+        self.shared.settle();
     }
 
     fn drain(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {

@@ -248,9 +248,30 @@ pub struct Update {
     /// CFS quota, microseconds
     #[arg(long, allow_hyphen_values = true)]
     pub cpu_quota: Option<i64>,
+    /// Time beyond the quota that a period may take of what others have left, microseconds
+    #[arg(long)]
+    pub cpu_burst: Option<u64>,
+    /// 1: give its processes only what no others want
+    #[arg(long)]
+    pub cpu_idle: Option<i64>,
     /// CPU shares
     #[arg(long)]
     pub cpu_share: Option<u64>,
+    /// Refused: real-time limits are not supported
+    #[arg(long, hide = true)]
+    pub cpu_rt_period: Option<u64>,
+    /// Refused: real-time limits are not supported
+    #[arg(long, hide = true)]
+    pub cpu_rt_runtime: Option<i64>,
+    /// CPUs of the host for the VM, as in 0-2,7
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes of the host for the VM
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Share of block devices beside other cgroups, 10 to 1000
+    #[arg(long)]
+    pub blkio_weight: Option<u16>,
     /// Memory limit, bytes
     #[arg(long, allow_hyphen_values = true)]
     pub memory: Option<String>,
@@ -326,6 +347,7 @@ mod tests {
             "r list -q",
             "r update -r - id",
             "r update --memory 64M --memory-swap -1 id",
+            "r update id --cpuset-cpus 1 --cpu-period 900000 --cpu-quota -1 --blkio-weight 500",
             "r events --stats id",
             "r events --interval=10s id",
             "r features",

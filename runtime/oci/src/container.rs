@@ -55,9 +55,21 @@ pub struct Record {
     /// Where it is, if not in a VM of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub joined: Option<Joined>,
+    /// How much of the CPUs' time it may use.
+    #[serde(default)]
+    pub cpu_time: CpuTime,
     /// Its shared memory, if that is the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shm: Option<SharedMemory>,
+}
+
+/// A quota of CPU time, as a container has it by now: an update names what of it changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuTime {
+    /// Microseconds in a period; negative for no limit.
+    pub quota: Option<i64>,
+    /// Microseconds.
+    pub period: Option<u64>,
 }
 
 /// A file system of the host's that callers bind to /dev/shm, to have it in common for containers with one IPC namespace.
@@ -389,6 +401,7 @@ impl Record {
             phase: Phase::Creating,
             pid: 0,
             joined: None,
+            cpu_time: CpuTime::default(),
             shm: None,
         }
     }

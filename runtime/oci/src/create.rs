@@ -31,13 +31,14 @@ fn wants_template() -> bool {
 /// The VM for a container that is given one of its own, on an engine that has been chosen for it.
 fn own_vm(home: &Home, args: &Create, plan: &Plan, engine: Engine) -> Result<VmSpec> {
     let parts = Parts::from_env();
+    let room = plan.size.room(engine);
     let vm = VmSpec {
         id: args.container.clone(),
         engine,
         memory_mib: plan.size.memory_mib,
+        max_memory_mib: room.memory_mib,
         vcpus: plan.size.vcpus,
-        max_vcpus: plan.size.vcpus,
-        max_memory_mib: plan.size.memory_mib,
+        max_vcpus: room.vcpus,
         // The monitor knows which there are.
         spare_nics: 0,
         kernel: parts.kernel()?,
@@ -132,6 +133,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
             .shared_memory()
             .and_then(|(_, bind)| membership.shared_memory(&bind.source));
     }
+    record.cpu_time = plan.cpu_time();
     record.shm = shared_memory(&args.container, &plan, record.joined.as_ref())?;
     let host_hooks = plan.hooks.clone();
     let container = Container::create(home, &args.container, &record, &text)?;

@@ -107,7 +107,7 @@ fn serve(cli: Cli, log: &Log) -> Result<u8> {
         Verb::List(list) => list::list(&home, &list),
         Verb::Pause(id) => pause::pause(&home, &id.container),
         Verb::Resume(id) => pause::resume(&home, &id.container),
-        Verb::Update(update) => update::update(&home, &update),
+        Verb::Update(update) => update::update(&home, log, &update),
         Verb::Events(events) => events::events(&home, &events),
         Verb::Features => features::features(),
         Verb::Spec(spec) => template::spec(&spec),

@@ -203,6 +203,7 @@ impl Ready {
         let nics = network.early().await.context(NO_NETWORK)?;
         spec.spare_nics = spare_nics(nics.len());
         channel.expect(&Order::Charged).await?;
+        let cpus = spec.vcpus;
         let (mut vm, wiring) = self
             .sandbox
             .launch(spec, streams, nics)
@@ -211,7 +212,7 @@ impl Ready {
             let agent = vm.agent().clone();
             let control = vm.control();
             let drive = async {
-                agent.hello().await.map_err(Error::from)?;
+                agent.hello_with_cpus(cpus).await.map_err(Error::from)?;
                 // The hooks of the host, which may bring interfaces, ran while the guest booted.
                 channel.expect(&Order::GoOn).await?;
                 network.settle(&agent, &control).await.context(NO_NETWORK)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_agent_api::agent::SharedNamespace;
-use cloison_sandbox::{Home, HostLimits, Id, Sandbox, enter_namespace_of};
+use cloison_sandbox::{Home, HostLimits, Id, Sandbox, VmSize, enter_namespace_of};
 use cloison_vmm::{Engine, EngineChoice};
 
 use crate::container::{Container, Joined, SharedMemory};
@@ -123,22 +123,7 @@ impl Membership {
     /// # Errors
     /// When the VM does not say how large it is.
     pub fn notes(&self, plan: &Plan) -> Result<Vec<String>> {
-        let vm = self.owner.sandbox().size()?;
-        let owner = self.owner.id();
-        let mut notes = Vec::new();
-        if plan.memory_is_limited() && plan.size.memory_mib > vm.memory_mib {
-            notes.push(format!(
-                "the container may use more memory than there is: the VM of container {owner}, which it comes to, has {} MiB",
-                vm.memory_mib
-            ));
-        }
-        if plan.size.vcpus > vm.vcpus {
-            notes.push(format!(
-                "the container may use {} CPUs: the VM of container {owner}, which it comes to, has {}",
-                plan.size.vcpus, vm.vcpus
-            ));
-        }
-        Ok(notes)
+        notes(&self.owner, plan.size, plan.memory_is_limited())
     }
 
     /// Where the guest has what the host has at `source`, if that is the shared memory of the container whose IPC namespace this one has.
@@ -187,6 +172,29 @@ pub fn refuse_limits_of_the_host(owner: &Id, limits: &HostLimits) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// What there is no room for in the owner's VM, in words, of the limits of a container that would have a VM of that size for itself.
+///
+/// # Errors
+/// When the VM does not say how large it is.
+pub fn notes(owner: &Container, size: VmSize, memory_is_limited: bool) -> Result<Vec<String>> {
+    let vm = owner.sandbox().size()?;
+    let owner = owner.id();
+    let mut notes = Vec::new();
+    if memory_is_limited && size.memory_mib > vm.memory_mib {
+        notes.push(format!(
+            "the container may use more memory than there is: the VM of container {owner}, which it comes to, has {} MiB",
+            vm.memory_mib
+        ));
+    }
+    if size.vcpus > vm.vcpus {
+        notes.push(format!(
+            "the container may use {} CPUs: the VM of container {owner}, which it comes to, has {}",
+            size.vcpus, vm.vcpus
+        ));
+    }
+    Ok(notes)
 }
 
 /// The process whose namespace a path names, if it names one so.

@@ -12,6 +12,7 @@ use cloison_sandbox::{CgroupPlace, HostLimits, VmSize};
 use cloison_vmm::EngineChoice;
 use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
 
+use crate::container::CpuTime;
 use crate::network::Network;
 
 pub use linux::{NamespacePath, bytes, update};
@@ -149,6 +150,15 @@ impl Plan {
         memory
             .and_then(|memory| memory.limit())
             .is_some_and(|limit| limit > 0)
+    }
+
+    /// How much of the CPUs' time it may use.
+    pub fn cpu_time(&self) -> CpuTime {
+        let linux = self.guest.linux().as_ref();
+        let cpu = linux
+            .and_then(|linux| linux.resources().as_ref())
+            .and_then(|resources| resources.cpu().as_ref());
+        CpuTime::default().changed_by(cpu)
     }
 
     /// What is bound to /dev/shm, and its number among the binds.

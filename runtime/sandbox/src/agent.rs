@@ -181,6 +181,18 @@ impl Agent {
     /// # Errors
     /// [`AgentError`], a mismatch of versions included.
     pub async fn hello(&self) -> Result<GuestInfo, AgentError> {
+        self.greet(0).await
+    }
+
+    /// As [`Agent::hello`], for a guest that may use so many of the CPUs that it finds. The others are not there for it yet.
+    ///
+    /// # Errors
+    /// As for [`Agent::hello`].
+    pub async fn hello_with_cpus(&self, cpus: u8) -> Result<GuestInfo, AgentError> {
+        self.greet(cpus.into()).await
+    }
+
+    async fn greet(&self, cpus: u32) -> Result<GuestInfo, AgentError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -188,6 +200,7 @@ impl Agent {
             protocol: PROTOCOL,
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
             entropy: entropy()?,
+            cpus,
             ..Default::default()
         };
         let answer = self
@@ -400,6 +413,22 @@ impl Agent {
             .update_container(within(CALL_TIMEOUT), &request)
             .await;
         answer.map(drop).map_err(|e| AgentError::new(what, e))
+    }
+
+    /// Has the guest use so many CPUs from now on: it starts those that the host allows it now, or stops those that are going to be
+    /// taken from it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn use_cpus(&self, count: u8) -> Result<(), AgentError> {
+        let request = api::CpusRequest {
+            count: count.into(),
+            ..Default::default()
+        };
+        let answer = self.client.use_cpus(within(CALL_TIMEOUT), &request).await;
+        answer
+            .map(drop)
+            .map_err(|e| AgentError::new("change the number of CPUs", e))
     }
 
     /// Has the guest's kernel find the device that has been put into a slot.

@@ -96,6 +96,25 @@ pub enum Error {
         /// What went wrong.
         source: cloison_vmm::ControlError,
     },
+    /// A VM cannot be given as much as it is to have.
+    #[error(
+        "the VM cannot be given {} MiB of memory and {} CPUs while it runs: it can have {} MiB and {}",
+        wanted.memory_mib, wanted.vcpus, most.memory_mib, most.vcpus
+    )]
+    NoRoom {
+        /// What it is to have.
+        wanted: crate::VmSize,
+        /// What it can have.
+        most: crate::VmSize,
+    },
+    /// A guest has not taken up the memory that it was given.
+    #[error("the guest has taken up {got} MiB of memory, and not the {wanted} that it was given")]
+    NotTaken {
+        /// MiB.
+        wanted: u32,
+        /// MiB.
+        got: u32,
+    },
     /// The sandbox's network namespace, or an interface in it, cannot be used.
     #[error(transparent)]
     Network(#[from] cloison_net::Error),

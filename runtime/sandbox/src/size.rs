@@ -1,6 +1,6 @@
 //! How large a VM must be for the limits of what runs in it.
 
-use cloison_vmm::Engine;
+use cloison_vmm::{Engine, VmSpec};
 
 /// Memory of a VM whose container has no limit, MiB.
 const DEFAULT_MEMORY_MIB: u32 = 1024;
@@ -13,6 +13,11 @@ const MIN_MEMORY_MIB: u64 = 6;
 /// engine QEMU and the code it has translated as well.
 const HOST_OVERHEAD_KVM_MIB: u64 = 64;
 const HOST_OVERHEAD_SOFTWARE_MIB: u64 = 512;
+
+/// CPUs that a VM can be given while it runs, if the host has as many: this many in any case, and for one that has more of them from its
+/// start, so many times those. Each costs the guest's boot a little, used or not.
+const CPU_ROOM: u8 = 4;
+const CPU_ROOM_FACTOR: u8 = 2;
 
 /// A VM's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,12 +69,32 @@ impl VmSize {
         })
     }
 
+    /// What a VM that starts with this size can be given while it runs: all of the host's memory, for which a place in its address space
+    /// is all it costs, and some CPUs.
+    pub fn room(self, engine: Engine) -> Self {
+        // Without an answer there is one.
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        match engine {
+            Engine::Kvm => self.room_on(host_memory(), cpus),
+            Engine::Software => self,
+        }
+    }
+
+    fn room_on(self, memory: u64, cpus: usize) -> Self {
+        let memory_mib = u32::try_from(memory >> 20).unwrap_or(u32::MAX);
+        let memory_mib = memory_mib.min(VmSpec::MAX_MEMORY_MIB).max(self.memory_mib);
+        let cpus = u8::try_from(cpus).unwrap_or(u8::MAX).min(VmSpec::MAX_VCPUS);
+        let room = self.vcpus.saturating_mul(CPU_ROOM_FACTOR).max(CPU_ROOM);
+        Self {
+            memory_mib,
+            vcpus: room.min(cpus).max(self.vcpus),
+        }
+    }
+
     /// No larger than the host's memory. A container may have a limit above that, which it will not reach; a guest would spend its boot on
     /// describing memory that nobody can give it.
     pub fn within_the_host(self) -> Self {
-        // Without an answer there is nothing to go by.
-        let host = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
-        self.within(host)
+        self.within(host_memory())
     }
 
     fn within(self, host: u64) -> Self {
@@ -79,6 +104,11 @@ impl VmSize {
             ..self
         }
     }
+}
+
+/// Bytes; as much as there can be when the host does not say.
+fn host_memory() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total())
 }
 
 #[cfg(test)]
@@ -105,5 +135,19 @@ mod tests {
         assert_eq!(within(8 << 30), 8 << 10);
         assert_eq!(within(u64::MAX), size.memory_mib);
         assert_eq!(size.within(8 << 30).vcpus, 2);
+    }
+
+    #[test]
+    fn a_vm_has_room_for_what_its_host_has_and_never_less_than_it_starts_with() {
+        let size = |memory_mib, vcpus| VmSize { memory_mib, vcpus };
+        let small = size(1024, 1);
+        assert_eq!(small.room_on(8 << 30, 2), size(8192, 2));
+        assert_eq!(small.room_on(8 << 30, 64), size(8192, 4));
+        assert_eq!(size(160, 6).room_on(8 << 30, 64), size(8192, 12));
+        assert_eq!(size(160, 60).room_on(8 << 30, 1000), size(8192, 64));
+        assert_eq!(size(9000, 6).room_on(8 << 30, 4), size(9000, 6));
+        let all = small.room_on(u64::MAX, 1);
+        assert_eq!(all, size(VmSpec::MAX_MEMORY_MIB, 1));
+        assert_eq!(small.room(Engine::Software), small);
     }
 }

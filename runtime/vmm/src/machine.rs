@@ -50,8 +50,9 @@ pub(crate) trait Machine {
     /// do.
     fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String>;
 
-    /// Lets the guest have this much memory beyond what it was started with, MiB. It takes it, and gives it back, in its own time.
-    fn resize_hot_memory(&mut self, mib: u32) -> Result<(), String>;
+    /// Lets the guest have this much memory beyond what it was started with, MiB. It takes it, and gives it back, in its own time;
+    /// `done` is closed when it has just that, or is let have another amount.
+    fn resize_hot_memory(&mut self, mib: u32, done: Option<OwnedFd>) -> Result<(), String>;
 
     /// Network devices that are in use.
     fn nics(&self) -> Vec<Plugged>;

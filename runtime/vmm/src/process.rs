@@ -312,6 +312,7 @@ impl Host for Vm {
                 ..self.timeline
             },
             memory_mib: self.spec.memory_mib + self.machine.hot_memory_mib(),
+            min_memory_mib: self.spec.memory_mib,
             max_memory_mib: self.spec.max_memory_mib,
             vcpus: self.machine.vcpus(),
             max_vcpus: self.machine.max_vcpus(),
@@ -346,14 +347,14 @@ impl Host for Vm {
         self.machine.resize_vcpus(vcpus)
     }
 
-    fn resize_memory(&mut self, mib: u32) -> Result<(), String> {
+    fn resize_memory(&mut self, mib: u32, done: Option<OwnedFd>) -> Result<(), String> {
         let (least, most) = (self.spec.memory_mib, self.spec.max_memory_mib);
         if !(least..=most).contains(&mib) {
             return Err(format!(
                 "this VM can have {least} to {most} MiB of memory, not {mib}"
             ));
         }
-        self.machine.resize_hot_memory(mib - least)
+        self.machine.resize_hot_memory(mib - least, done)
     }
 
     fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {

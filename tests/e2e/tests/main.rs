@@ -34,6 +34,7 @@ mod network;
 mod oci;
 mod oci_sockets;
 mod oci_spec;
+mod oci_update;
 mod podman;
 mod pods;
 mod process;

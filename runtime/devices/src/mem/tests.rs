@@ -2,6 +2,10 @@
 
 use std::sync::Mutex;
 
+use std::os::fd::AsFd;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::*;
 use crate::testing::{Guest, host_ready, readable, writable};
 
@@ -70,7 +74,7 @@ impl Bench {
     fn new(blocks: u64) -> Self {
         let (mut mem, log) = mem();
         mem.set_acked_features(mem.features());
-        mem.handle().request(blocks * BLOCK).unwrap();
+        mem.handle().request(blocks * BLOCK, None).unwrap();
         let mut guest = Guest::new(&mem, true);
         let (request, answer) = (guest.alloc(24), guest.alloc(10));
         Self {
@@ -146,6 +150,38 @@ fn memory_is_plugged_and_unplugged() {
     assert_eq!((bench.plugged(), bench.state(0, COUNT as u16)), (0, 1));
 }
 
+/// Whether the descriptor that went along with a request is still kept.
+fn kept(read: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(read.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
+}
+
+#[test]
+fn whoever_waits_learns_when_the_guest_has_what_was_asked_for() {
+    let mut bench = Bench::new(1);
+    let handle = bench.mem.handle();
+    let (read, write) = nix::unistd::pipe().unwrap();
+    handle.request(3 * BLOCK, Some(write)).unwrap();
+    assert_eq!(bench.ask(PLUG, 0, 2), ACK);
+    assert!(kept(&read));
+    assert_eq!(bench.ask(PLUG, 2, 1), ACK);
+    assert!(!kept(&read));
+
+    let (nothing_to_do, write) = nix::unistd::pipe().unwrap();
+    handle.request(3 * BLOCK, Some(write)).unwrap();
+    assert!(!kept(&nothing_to_do));
+
+    let (overtaken, write) = nix::unistd::pipe().unwrap();
+    handle.request(2 * BLOCK, Some(write)).unwrap();
+    assert!(kept(&overtaken));
+    handle.request(BLOCK, None).unwrap();
+    assert!(!kept(&overtaken));
+
+    let (refused, write) = nix::unistd::pipe().unwrap();
+    assert!(handle.request(BLOCK + 1, Some(write)).is_err());
+    assert!(!kept(&refused));
+}
+
 #[test]
 fn no_more_is_plugged_than_was_asked_for() {
     let mut bench = Bench::new(4);
@@ -154,7 +190,7 @@ fn no_more_is_plugged_than_was_asked_for() {
     assert_eq!(bench.ask(PLUG, 3, 2), NACK);
     assert_eq!(bench.ask(PLUG, 3, 1), ACK);
     assert_eq!(bench.ask(PLUG, 4, 1), NACK);
-    bench.mem.handle().request(2 * BLOCK).unwrap();
+    bench.mem.handle().request(2 * BLOCK, None).unwrap();
     assert_eq!(bench.ask(UNPLUG, 0, 1), ACK);
     assert_eq!(
         bench.ask(PLUG, 0, 1),
@@ -265,7 +301,7 @@ fn what_is_asked_for_is_announced_and_can_be_read() {
     let mut bench = Bench::new(0);
     let handle = bench.mem.handle();
     let before = bench.mem.config_generation();
-    handle.request(3 * BLOCK).unwrap();
+    handle.request(3 * BLOCK, None).unwrap();
     assert!(bench.guest.host(&mut bench.mem, 0).unwrap());
     assert!(!host_ready(&bench.mem, 0));
     assert_ne!(bench.mem.config_generation(), before);
@@ -279,7 +315,7 @@ fn what_is_asked_for_is_announced_and_can_be_read() {
     assert_eq!(words, [BLOCK, 0, START, length, length, 0, 3 * BLOCK]);
     for bytes in [1, BLOCK - 1, BLOCK + 1, length + BLOCK, u64::MAX] {
         assert!(matches!(
-            handle.request(bytes),
+            handle.request(bytes, None),
             Err(MemError::Request { .. })
         ));
     }

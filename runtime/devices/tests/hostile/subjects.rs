@@ -282,7 +282,7 @@ pub fn mem() -> Subject {
         request
     }
     let mem = Mem::new(GuestAddress(START), LENGTH, Box::new(Region)).unwrap();
-    mem.handle().request(LENGTH / 2).unwrap();
+    mem.handle().request(LENGTH / 2, None).unwrap();
     Subject {
         device: Box::new(mem),
         queue: 0,

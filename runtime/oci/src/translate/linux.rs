@@ -10,6 +10,7 @@ use oci_spec::runtime::{
     LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
 };
 
+use crate::container::CpuTime;
 use crate::network::{HOSTS_NETWORK, Network};
 
 /// CFS period when none is given, microseconds (Documentation/scheduler/sched-bwc.rst).
@@ -211,19 +212,29 @@ fn size(resources: &LinuxResources) -> Result<VmSize> {
         .as_ref()
         .and_then(|memory| memory.limit());
     let memory = memory.and_then(|limit| u64::try_from(limit).ok());
-    let cpus = resources.cpu().as_ref().and_then(milli_cpus);
+    let cpu_time = CpuTime::default().changed_by(resources.cpu().as_ref());
+    let cpus = cpu_time.milli_cpus();
     let size = VmSize::for_limits(memory.filter(|limit| *limit > 0), cpus)?;
     Ok(size.within_the_host())
 }
 
-/// How many thousandths of a CPU a quota is; `None` without one.
-fn milli_cpus(cpu: &LinuxCpu) -> Option<u32> {
-    let quota = u64::try_from(cpu.quota()?)
-        .ok()
-        .filter(|quota| *quota > 0)?;
-    let period = cpu.period().filter(|period| *period > 0);
-    let period = period.unwrap_or(DEFAULT_CPU_PERIOD_US);
-    u32::try_from(quota.saturating_mul(1000).div_ceil(period)).ok()
+impl CpuTime {
+    /// With what a change names. Callers send zero for what nobody asked for.
+    pub fn changed_by(self, cpu: Option<&LinuxCpu>) -> Self {
+        let quota = cpu.and_then(LinuxCpu::quota).filter(|quota| *quota != 0);
+        let period = cpu.and_then(LinuxCpu::period).filter(|period| *period > 0);
+        Self {
+            quota: quota.or(self.quota),
+            period: period.or(self.period),
+        }
+    }
+
+    /// How many thousandths of a CPU a quota is; `None` without one.
+    pub fn milli_cpus(self) -> Option<u32> {
+        let quota = u64::try_from(self.quota?).ok()?;
+        let period = self.period.unwrap_or(DEFAULT_CPU_PERIOD_US);
+        Some(u32::try_from(quota.saturating_mul(1000).div_ceil(period)).unwrap_or(u32::MAX))
+    }
 }
 
 /// Takes out limits that the host enforces, and refuses those that nobody can.

@@ -159,12 +159,25 @@ impl ControlClient {
     }
 
     /// Lets the guest have `memory_mib` MiB, what it was started with to [`Status::max_memory_mib`]. Its kernel takes up and gives back
-    /// memory in its own time, and gives back no more than it can spare: [`Status::memory_mib`] says how far it is.
+    /// memory in its own time, and gives back no more than it can spare: [`Status::memory_mib`] says how far it is, and the VM process's
+    /// copy of `done` is closed when it has just that, or is told another size.
     ///
     /// # Errors
     /// See [`ControlError`]; [`ControlError::Refused`] on an engine that cannot, and for a size out of range.
-    pub fn resize_memory(&self, memory_mib: u32) -> Result<(), ControlError> {
-        self.tell(&Request::ResizeMemory { memory_mib })
+    pub fn resize_memory(
+        &self,
+        memory_mib: u32,
+        done: Option<BorrowedFd<'_>>,
+    ) -> Result<(), ControlError> {
+        let request = Request::ResizeMemory {
+            memory_mib,
+            done: done.is_some(),
+        };
+        let fds: Vec<RawFd> = done.iter().map(AsRawFd::as_raw_fd).collect();
+        match self.ask(&request, &fds)? {
+            Reply::Done {} => Ok(()),
+            _ => Err(ControlError::Nonsense(None)),
+        }
     }
 
     /// Gives the guest one more device, made from `file` if it needs one. Answers where it is: unless it was

@@ -32,8 +32,9 @@ enum Request {
     Resume {},
     /// Let the guest use this many vCPUs. Answered by [`Reply::Done`].
     ResizeVcpus { vcpus: u8 },
-    /// Let the guest have this much memory. Answered by [`Reply::Done`] when it has been told.
-    ResizeMemory { memory_mib: u32 },
+    /// Let the guest have this much memory. Answered by [`Reply::Done`] when it has been told; a descriptor that comes along is closed
+    /// when it has that much, or is told something else.
+    ResizeMemory { memory_mib: u32, done: bool },
     /// Give the guest one more device, made from the descriptor that comes along if the device needs one; answered by
     /// [`Reply::Plugged`].
     Plug { device: DeviceKind },
@@ -74,6 +75,8 @@ pub struct Status {
     pub timeline: Timeline,
     /// Memory the guest has, MiB.
     pub memory_mib: u32,
+    /// Memory it keeps, which it was started with, MiB.
+    pub min_memory_mib: u32,
     /// Memory it can be given, MiB.
     pub max_memory_mib: u32,
     /// vCPUs the guest may use.

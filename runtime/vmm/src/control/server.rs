@@ -45,7 +45,8 @@ pub(crate) trait Host {
 
     fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String>;
 
-    fn resize_memory(&mut self, mib: u32) -> Result<(), String>;
+    /// Closes the descriptor when the guest has that much.
+    fn resize_memory(&mut self, mib: u32, done: Option<OwnedFd>) -> Result<(), String>;
 
     /// Answers where the device is.
     fn plug(&mut self, device: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String>;
@@ -193,6 +194,7 @@ pub(super) fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::Attach { read, write, done } => {
             [read, write, done].into_iter().filter(|&&x| x).count()
         }
+        Request::ResizeMemory { done, .. } => (*done).into(),
         Request::Plug { device } => device.has_descriptor().into(),
         _ => 0,
     };
@@ -219,7 +221,9 @@ pub(super) fn handle(packet: Packet, host: &mut dyn Host) -> Reply {
         Request::Pause {} => done(host.pause()),
         Request::Resume {} => done(host.resume()),
         Request::ResizeVcpus { vcpus } => done(host.resize_vcpus(vcpus)),
-        Request::ResizeMemory { memory_mib } => done(host.resize_memory(memory_mib)),
+        Request::ResizeMemory { memory_mib, .. } => {
+            done(host.resize_memory(memory_mib, fds.next()))
+        }
         Request::Plug { device } => match host.plug(device, fds.next()) {
             Ok(plugged) => Reply::Plugged(plugged),
             Err(why) => refuse(why),

@@ -35,6 +35,7 @@ impl Host for Nobody {
             uptime_ms: 0,
             timeline: Timeline::default(),
             memory_mib: 0,
+            min_memory_mib: 0,
             max_memory_mib: 0,
             vcpus: 1,
             max_vcpus: 1,
@@ -69,7 +70,7 @@ impl Host for Nobody {
         Ok(())
     }
 
-    fn resize_memory(&mut self, _mib: u32) -> Result<(), String> {
+    fn resize_memory(&mut self, _mib: u32, _done: Option<OwnedFd>) -> Result<(), String> {
         Ok(())
     }
 

@@ -232,12 +232,14 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn resize_hot_memory(&mut self, mib: u32) -> Result<(), String> {
+    fn resize_hot_memory(&mut self, mib: u32, done: Option<OwnedFd>) -> Result<(), String> {
         let Some(hot_memory) = &self.hot_memory else {
             return Ok(());
         };
         let bytes = (u64::from(mib) << 20).next_multiple_of(MEMORY_BLOCK);
-        hot_memory.request(bytes).map_err(|error| chain(&error))
+        hot_memory
+            .request(bytes, done)
+            .map_err(|error| chain(&error))
     }
 
     fn nics(&self) -> Vec<Plugged> {

@@ -25,6 +25,9 @@ const HUGE_PAGE: usize = 2 << 20;
 const HOT_UNIT: u64 = 128 << 20;
 const HOT_ALIGNMENT: u64 = 2 << 30;
 
+/// Protection of memory that a guest uses.
+pub(super) const USED: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
 /// The address ranges that `mib` MiB of memory take: below the device hole, and the rest above it.
 pub(super) fn ranges(mib: u32) -> Vec<(u64, u64)> {
     let size = u64::from(mib) << 20;
@@ -39,7 +42,7 @@ pub(super) fn reserve(mib: u32) -> Result<GuestMemoryMmap, KvmError> {
     let memory = |source| KvmError::Memory { mib, source };
     let mut regions = Vec::new();
     for (start, size) in ranges(mib) {
-        let mapping = reserve_range(size as usize).map_err(memory)?;
+        let mapping = reserve_range(size as usize, USED).map_err(memory)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| memory(io::ErrorKind::InvalidInput.into()))?;
         regions.push(region);
@@ -54,7 +57,7 @@ pub(super) fn hot_range(memory: &GuestMemoryMmap, mib: u32) -> (GuestAddress, u6
     (GuestAddress(above.next_multiple_of(HOT_ALIGNMENT)), length)
 }
 
-/// Adds to `memory` a region that it does not use from the start.
+/// Adds to `memory` a region that the guest cannot use until it is given parts of it.
 pub(super) fn add_region(
     memory: &GuestMemoryMmap,
     (start, length): (GuestAddress, u64),
@@ -63,17 +66,16 @@ pub(super) fn add_region(
         mib: (length >> 20) as u32,
         source,
     };
-    let mapping = reserve_range(length as usize).map_err(failed)?;
+    let mapping = reserve_range(length as usize, ProtFlags::PROT_NONE).map_err(failed)?;
     let region = GuestRegionMmap::new(mapping, start)
         .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
     let added = memory.insert_region(Arc::new(region));
     added.map_err(|error| failed(io::Error::other(error)))
 }
 
-fn reserve_range(size: usize) -> io::Result<MmapRegion> {
+fn reserve_range(size: usize, protection: ProtFlags) -> io::Result<MmapRegion> {
     let with_slack = size.checked_add(HUGE_PAGE).and_then(NonZeroUsize::new);
     let with_slack = with_slack.ok_or(io::ErrorKind::InvalidInput)?;
-    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     // SAFETY: a new mapping at a place of the kernel's choosing; it touches nothing that exists.
     let start = unsafe { mmap_anonymous(None, with_slack, protection, flags) }?;
@@ -96,7 +98,8 @@ fn reserve_range(size: usize) -> io::Result<MmapRegion> {
         let _ = unsafe { madvise(aligned, length, advice) };
     }
     let (protection, flags) = (protection.bits(), flags.bits() | libc::MAP_ANONYMOUS);
-    // SAFETY: `size` bytes from `aligned` on are mapped readable and writable, and stay so to the end of the process.
+    // SAFETY: `size` bytes from `aligned` on are mapped, and stay so to the end of the process. Where they are not to be used yet, who
+    // touches them on behalf of the guest ends the process, and so the guest alone.
     unsafe { MmapRegion::build_raw(aligned.as_ptr().cast(), size, protection, flags) }
         .map_err(io::Error::other)
 }
@@ -183,7 +186,8 @@ mod tests {
         assert_eq!(range, (GuestAddress(HOLE_END), 256 << 20));
         let all = add_region(&memory, range).unwrap();
         assert_eq!(low_end(&all), 1000 << 20);
-        assert_eq!(all.read_obj::<u64>(GuestAddress(HOLE_END)).unwrap(), 0);
+        let held = all.get_host_address(GuestAddress(HOLE_END)).unwrap();
+        assert!((held as usize).is_multiple_of(HUGE_PAGE));
         let large = reserve(5000).unwrap();
         assert_eq!(
             hot_range(&large, 1),

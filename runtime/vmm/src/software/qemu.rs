@@ -329,7 +329,7 @@ impl Machine for Qemu {
         Err("a VM on the software engine keeps the vCPUs it was started with".into())
     }
 
-    fn resize_hot_memory(&mut self, _mib: u32) -> Result<(), String> {
+    fn resize_hot_memory(&mut self, _mib: u32, _done: Option<OwnedFd>) -> Result<(), String> {
         Err("a VM on the software engine keeps the memory it was started with".into())
     }
 

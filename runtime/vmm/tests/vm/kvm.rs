@@ -233,17 +233,17 @@ fn memory_comes_and_goes_while_the_guest_runs() {
     let control = bench.control();
     let status = control.status().unwrap();
     assert_eq!((status.memory_mib, status.max_memory_mib), (128, 512));
-    control.resize_memory(512).unwrap();
+    control.resize_memory(512, None).unwrap();
     until("no memory came", || {
         last_number(&bench, "total").unwrap() == before + (384 << 10)
     });
     assert_eq!(control.status().unwrap().memory_mib, 512);
-    control.resize_memory(256).unwrap();
+    control.resize_memory(256, None).unwrap();
     until("no memory went", || {
         control.status().unwrap().memory_mib == 256
     });
     for mib in [0, 127, 513, u32::MAX] {
-        let refused = control.resize_memory(mib);
+        let refused = control.resize_memory(mib, None);
         assert!(
             matches!(refused, Err(ControlError::Refused(_))),
             "{mib} MiB: {refused:?}"
