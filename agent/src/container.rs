@@ -278,8 +278,12 @@ impl Container {
         ports: Ports,
         window: Option<(u16, u16)>,
         lifeline: u32,
+        cgroup: &str,
     ) -> Result<Pid> {
         let mut spec = spec::exec(process, &self.defaults, window)?;
+        if !cgroup.is_empty() {
+            spec.workload.cgroup = Some(spec::cgroup_below(&self.cgroup.path, cgroup)?);
+        }
         // One that has not started has its namespaces and its file system.
         if !matches!(self.status(), Status::Created | Status::Running) {
             return Err(self.wrong("exec in"));

@@ -198,7 +198,14 @@ impl Service {
         let window = window(request.tty_size.as_ref())?;
         let ports = ports(request.stdio.as_ref());
         container
-            .exec(exec, &request.process, ports, window, request.lifeline)
+            .exec(
+                exec,
+                &request.process,
+                ports,
+                window,
+                request.lifeline,
+                &request.cgroup,
+            )
             .await
             .map(process_response)
     }

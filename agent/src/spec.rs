@@ -22,7 +22,7 @@ use std::path::{Component, Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
     Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, PosixRlimit, Process, Spec, User,
+    LinuxSeccompAction, Mount, PosixRlimit, Process, Spec, User,
 };
 
 use crate::cpus;
@@ -30,7 +30,7 @@ use crate::devices::{self, Rule};
 use crate::dirs;
 use crate::error::{Error, Result};
 use crate::ids::ContainerId;
-use crate::workload::{Terminal, Workload};
+use crate::workload::{CopyUp, Terminal, Workload};
 
 /// What an exec takes from its container when its own process says nothing, as runc does.
 #[derive(Debug, Clone)]
@@ -88,6 +88,9 @@ pub struct ExecSpec {
     pub process: Vec<u8>,
     pub workload: Workload,
 }
+
+/// The mount option of a tmpfs that begins with a copy of what it covers.
+const COPY_UP: &str = "tmpcopyup";
 
 fn invalid(why: impl Into<String>) -> Error {
     Error::Invalid {
@@ -180,6 +183,7 @@ pub fn container(
     workload.new_network = new_network;
     workload.mount_changes = propagation(&spec);
     workload.mount_changes.extend(read_only_dev(&spec));
+    take_copies(&mut spec, &mut workload);
     spec.set_process(Some(process)).set_linux(Some(linux));
     Ok(ContainerSpec {
         config: encode(&spec)?,
@@ -292,6 +296,8 @@ fn split(
         terminal,
         user_namespace_of: None,
         new_network: false,
+        cgroup: None,
+        copy_up: Vec::new(),
         mount_changes: Vec::new(),
     };
 
@@ -320,13 +326,46 @@ fn split(
     Ok((process, workload))
 }
 
+/// Takes from the mounts that a tmpfs is to begin with a copy of what it covers. One that is read-only becomes so when it has that.
+fn take_copies(spec: &mut Spec, workload: &mut Workload) {
+    let Some(root) = spec.root().as_ref().map(|root| root.path().clone()) else {
+        return;
+    };
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let mut options = mount.options().clone().unwrap_or_default();
+        if !options.iter().any(|option| option == COPY_UP) {
+            continue;
+        }
+        workload.copy_up.push(CopyUp {
+            root: root.clone(),
+            place: mount.destination().clone(),
+        });
+        let read_only = read_only(mount);
+        if workload
+            .mount_changes
+            .iter()
+            .all(|change| Some(change) != read_only.as_ref())
+        {
+            workload.mount_changes.extend(read_only);
+        }
+        options.retain(|option| ![COPY_UP, "ro"].contains(&option.as_str()));
+        mount.set_options(Some(options));
+    }
+    spec.set_mounts(Some(mounts));
+}
+
 /// A /dev that is to be read-only.
 fn read_only_dev(spec: &Spec) -> Option<(PathBuf, u64)> {
     let mut mounts = spec.mounts().iter().flatten();
-    let dev = mounts.find(|mount| mount.destination() == Path::new("/dev"))?;
-    let options = dev.options().as_deref().unwrap_or_default();
+    read_only(mounts.find(|mount| mount.destination() == Path::new("/dev"))?)
+}
+
+/// What makes a tmpfs read-only that is filled first.
+fn read_only(mount: &Mount) -> Option<(PathBuf, u64)> {
+    let options = mount.options().as_deref().unwrap_or_default();
     // A bind is read-only from the start: nothing is made in it.
-    if dev.typ().as_deref() != Some("tmpfs") || !options.iter().any(|option| option == "ro") {
+    if mount.typ().as_deref() != Some("tmpfs") || !options.iter().any(|option| option == "ro") {
         return None;
     }
     let flags = options.iter().map(|option| match option.as_str() {
@@ -337,9 +376,22 @@ fn read_only_dev(spec: &Spec) -> Option<(PathBuf, u64)> {
     });
     let read_only = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
     Some((
-        dev.destination().clone(),
+        mount.destination().clone(),
         flags.fold(read_only, |all, flag| all | flag),
     ))
+}
+
+/// A cgroup below the container's.
+pub fn cgroup_below(container: &Path, path: &str) -> Result<PathBuf> {
+    let below = Path::new(path);
+    let is_plain = |part| matches!(part, Component::Normal(_));
+    if !below.components().all(is_plain) || path.contains('\0') {
+        return Err(Error::Invalid {
+            what: "cgroup",
+            why: format!("{path:?} is no path below the container's cgroup"),
+        });
+    }
+    Ok(container.join(below))
 }
 
 /// The mounts that are to be shared or unbindable. Others are private to the container anyhow, so that there is nothing to be slave of.

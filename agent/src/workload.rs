@@ -27,11 +27,24 @@ pub struct Workload {
     pub terminal: Option<Terminal>,
     /// Join the user namespace of this process, a container's init, by its PID outside the container.
     pub user_namespace_of: Option<i32>,
+    /// Path within the hierarchy of a cgroup below the container's that the process is to be in.
+    pub cgroup: Option<PathBuf>,
     /// The process is in a network namespace of its own, whose loopback interface nobody else brings up.
     pub new_network: bool,
+    /// Places of the container where a tmpfs is mounted that begins with a copy of what it covers.
+    pub copy_up: Vec<CopyUp>,
     /// Mounts of the container that are changed when all are there, and mount(2)'s flags for that: those whose propagation the spec
-    /// says, and a read-only /dev.
+    /// says, a read-only /dev, and read-only ones that are filled first.
     pub mount_changes: Vec<(PathBuf, u64)>,
+}
+
+/// A tmpfs that begins with a copy of what it covers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyUp {
+    /// The container's root file system, as the guest has it.
+    pub root: PathBuf,
+    /// In the container.
+    pub place: PathBuf,
 }
 
 /// The terminal of a process.

@@ -6,9 +6,9 @@ use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::path::Path;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use caps::{CapSet, Capability, CapsHashSet};
@@ -23,7 +23,8 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
 
-use super::lookup;
+use super::{copy_up, lookup};
+use crate::dirs;
 use crate::report::{Failure, FailureKind, Report};
 use crate::sys;
 use crate::workload::{Terminal, Workload};
@@ -42,6 +43,10 @@ pub struct Finish {
     /// The report's pipe, under the number it has in the helper and everything forked from it.
     report: RawFd,
     user_namespace: Option<Rc<File>>,
+    /// The list of processes of the cgroup that this one goes to.
+    cgroup: Option<Rc<File>>,
+    /// Directories that are copied into the tmpfs that covers them.
+    covered: Vec<(Rc<OwnedFd>, PathBuf)>,
     program: OnceCell<CString>,
 }
 
@@ -49,7 +54,26 @@ impl Finish {
     /// To be made while the guest's own /proc can be seen.
     pub fn new(workload: Workload, report: BorrowedFd<'_>) -> io::Result<Self> {
         let namespace = |pid| File::open(format!("/proc/{pid}/ns/user")).map(Rc::new);
+        let cgroup = workload.cgroup.as_deref().map(|path| {
+            let directory = Path::new(dirs::CGROUPS).join(path.strip_prefix("/").unwrap_or(path));
+            let file = File::options()
+                .write(true)
+                .open(directory.join("cgroup.procs"));
+            file.map(Rc::new).map_err(|error| {
+                io::Error::new(
+                    error.kind(),
+                    format!("the cgroup {}: {error}", path.display()),
+                )
+            })
+        });
+        let mut covered = Vec::new();
+        for wanted in &workload.copy_up {
+            let directory = copy_up::open(wanted)?.map(Rc::new);
+            covered.extend(directory.map(|directory| (directory, wanted.place.clone())));
+        }
         Ok(Self {
+            covered,
+            cgroup: cgroup.transpose()?,
             user_namespace: workload.user_namespace_of.map(namespace).transpose()?,
             workload,
             report: report.as_raw_fd(),
@@ -68,11 +92,27 @@ impl Finish {
 
     fn prepare(&self) -> Result<CString, Failure> {
         let w = &self.workload;
+        if let Some(cgroup) = &self.cgroup {
+            // 0 is whoever writes.
+            let moved = cgroup.as_ref().write_all(b"0");
+            moved.map_err(|e| internal("entering the cgroup", e))?;
+        }
         if w.new_network {
             sys::loopback_up().map_err(|e| internal("bringing up the loopback interface", e))?;
         }
         if let Some(terminal) = &w.terminal {
             set_terminal(terminal).map_err(|e| internal("setting up the terminal", e))?;
+        }
+        for (directory, place) in &self.covered {
+            copy_up::copy(directory.as_fd(), place).map_err(|e| {
+                internal(
+                    &format!(
+                        "copying what is covered by the tmpfs at {}",
+                        place.display()
+                    ),
+                    e,
+                )
+            })?;
         }
         for (place, flags) in &w.mount_changes {
             let flags = MsFlags::from_bits_truncate(*flags);

@@ -2,6 +2,7 @@
 //! reports and exits. libcontainer forks, changes directories and makes itself undumpable; all of that ends here. The
 //! container's process outlives the helper and becomes PID 1's child.
 
+mod copy_up;
 mod finish;
 mod lookup;
 mod trace;
@@ -117,7 +118,7 @@ fn run_exec(exec: Exec, report: &OwnedFd) -> Result<Report, String> {
 
 fn finish(workload: Workload, report: &OwnedFd) -> Result<finish::Finish, String> {
     finish::Finish::new(workload, report.as_fd())
-        .map_err(|error| format!("opening the container's user namespace: {error}"))
+        .map_err(|error| format!("opening what the container needs of the guest: {error}"))
 }
 
 /// The agent starts and pauses containers itself and keeps their state; libcontainer's file says "created" until the

@@ -200,8 +200,8 @@ pub struct Exec {
     /// Refused: SELinux is not in the guest
     #[arg(long, value_name = "LABEL", hide = true)]
     pub process_label: Option<String>,
-    /// Refused: the process is in the container's own cgroup
-    #[arg(long, value_name = "PATH", hide = true)]
+    /// A cgroup that there is, by its path below the container's
+    #[arg(long, value_name = "PATH")]
     pub cgroup: Vec<String>,
     /// Accepted: the process that stands for this one is this command's child
     #[arg(long, hide = true)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{
-    Attached, Error, Home, HostCgroup, Id, Lifeline, RawTerminal, Signals, Streams,
+    Attached, Error, Home, HostCgroup, Id, Lifeline, NewProcess, RawTerminal, Signals, Streams,
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
@@ -30,6 +30,8 @@ struct Job {
     container: Container,
     record: Record,
     process: Process,
+    /// Below the container's in the guest.
+    cgroup: String,
     console_socket: Option<PathBuf>,
 }
 
@@ -63,6 +65,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
         container,
         record,
         process,
+        cgroup: cgroup(&args.cgroup)?,
         console_socket: console_socket.transpose()?,
     };
     if args.detach {
@@ -191,11 +194,14 @@ impl Job {
         agent
             .exec(
                 id,
-                exec_id.as_str(),
-                &self.process,
-                wiring.stdio.clone(),
-                size,
-                Some(&lifeline),
+                NewProcess {
+                    id: exec_id.as_str(),
+                    process: &self.process,
+                    stdio: wiring.stdio.clone(),
+                    tty: size,
+                    lifeline: Some(&lifeline),
+                    cgroup: &self.cgroup,
+                },
             )
             .await
             .map_err(Error::from)?;
@@ -224,10 +230,6 @@ fn process(container: &Container, args: &Exec) -> Result<Process> {
         args.apparmor.is_none() && args.process_label.is_none(),
         "--apparmor and --process-label are not supported: neither is in the guest"
     );
-    ensure!(
-        args.cgroup.is_empty(),
-        "--cgroup is not supported: the process is in the container's own cgroup"
-    );
     if let Some(file) = &args.process {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         return serde_json::from_slice(&text)
@@ -238,6 +240,20 @@ fn process(container: &Container, args: &Exec) -> Result<Process> {
     let process = spec.process().clone();
     let process = process.context("the container's spec has no process")?;
     with_options(process, args)
+}
+
+/// The cgroup that the options name, below the container's own; empty for that one.
+fn cgroup(given: &[String]) -> Result<String> {
+    let path = match given {
+        [] => "",
+        [path] => path.as_str(),
+        _ => bail!("--cgroup can be given once: a guest has one hierarchy"),
+    };
+    ensure!(
+        !path.contains(':'),
+        "--cgroup {path:?} names controllers, and a guest's are all in one hierarchy: give a path"
+    );
+    Ok(path.trim_matches('/').to_owned())
 }
 
 fn with_options(mut process: Process, args: &Exec) -> Result<Process> {
@@ -351,6 +367,18 @@ mod tests {
         let raw = oci_spec::runtime::Capability::NetRaw;
         let capabilities = process.capabilities().as_ref().unwrap();
         assert!(capabilities.effective().as_ref().unwrap().contains(&raw));
+    }
+
+    #[test]
+    fn a_cgroup_is_a_path_below_the_containers() {
+        let of = |given: &[&str]| {
+            let given: Vec<String> = given.iter().map(|&text| text.to_owned()).collect();
+            cgroup(&given).ok()
+        };
+        assert_eq!(of(&[]).as_deref(), Some(""));
+        assert_eq!(of(&["/"]).as_deref(), Some(""));
+        assert_eq!(of(&["/a/b"]).as_deref(), Some("a/b"));
+        assert_eq!((of(&["cpu:/a"]), of(&["a", "b"])), (None, None));
     }
 
     #[test]

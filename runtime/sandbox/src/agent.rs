@@ -150,6 +150,22 @@ pub struct Joined<'a> {
     pub lifeline: &'a Lifeline,
 }
 
+/// One more process for a container.
+pub struct NewProcess<'a> {
+    /// Names it; nobody else's while it runs.
+    pub id: &'a str,
+    /// What it is.
+    pub process: &'a Process,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// The first size of its terminal.
+    pub tty: Option<TtySize>,
+    /// When this is cut, it is killed.
+    pub lifeline: Option<&'a Lifeline>,
+    /// Its cgroup, by the path below the container's; empty for that one itself.
+    pub cgroup: &'a str,
+}
+
 /// A connection to the agent. Clones share it.
 #[derive(Clone)]
 pub struct Agent {
@@ -293,27 +309,20 @@ impl Agent {
             .map_err(|e| AgentError::new("delete the container in its guest", e))
     }
 
-    /// Runs one more process in a container; with a lifeline, it is killed when that is cut.
+    /// Runs one more process in a container.
     ///
     /// # Errors
     /// As for [`Agent::start`].
-    pub async fn exec(
-        &self,
-        container: &str,
-        exec_id: &str,
-        process: &Process,
-        stdio: Stdio,
-        tty: Option<TtySize>,
-        lifeline: Option<&Lifeline>,
-    ) -> Result<(), AgentError> {
+    pub async fn exec(&self, container: &str, exec: NewProcess<'_>) -> Result<(), AgentError> {
         let what = EXEC;
         let request = api::ExecRequest {
             container_id: container.into(),
-            exec_id: exec_id.into(),
-            process: json(what, process)?,
-            stdio: Some(stdio).into(),
-            tty_size: tty.into(),
-            lifeline: lifeline.map_or(0, Lifeline::port),
+            exec_id: exec.id.into(),
+            process: json(what, exec.process)?,
+            stdio: Some(exec.stdio).into(),
+            tty_size: exec.tty.into(),
+            lifeline: exec.lifeline.map_or(0, Lifeline::port),
+            cgroup: exec.cgroup.into(),
             ..Default::default()
         };
         let answer = self.client.exec(within(CALL_TIMEOUT), &request).await;

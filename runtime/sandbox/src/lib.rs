@@ -23,7 +23,7 @@ mod size;
 mod stdio;
 mod terminal;
 
-pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Joined, Usage};
+pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Joined, NewProcess, Usage};
 pub use attached::Attached;
 pub use cgroup::{
     CgroupPlace, HostCgroup, HostLimits, OOM_PROCESS_NAME, Throttle, Throttled, oom_main,

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -414,6 +415,82 @@ fn mounts_of_the_host_reach_the_guest_as_they_were_meant() {
         fs::read_to_string(dir.join("file")).unwrap(),
         "in the directory\n"
     );
+}
+
+#[test]
+fn a_tmpfs_can_begin_with_what_it_covers() {
+    let script = "cd /data && stat -c '%n %a %u:%g %h' . file sub sub/again && readlink sub/link && cat file vol/own
+        echo more >sub/new && cat sub/new; touch /fixed/new; cat /fixed/file; df /fixed | tail -n 1 | cut -d ' ' -f 1";
+    let bundle = Bundle::shell(script);
+    let (data, fixed) = (
+        bundle.dir().join("rootfs/data"),
+        bundle.dir().join("rootfs/fixed"),
+    );
+    fs::create_dir_all(data.join("sub")).unwrap();
+    fs::create_dir_all(data.join("vol")).unwrap();
+    fs::create_dir(&fixed).unwrap();
+    fs::write(fixed.join("file"), "fixed\n").unwrap();
+    fs::write(data.join("file"), "of the image\n").unwrap();
+    fs::write(data.join("vol/own"), "covered\n").unwrap();
+    fs::hard_link(data.join("file"), data.join("sub/again")).unwrap();
+    symlink("../file", data.join("sub/link")).unwrap();
+    chown(data.join("file"), Some(1000), Some(2000)).unwrap();
+    chown(data.join("sub"), Some(1), Some(2)).unwrap();
+    for (name, mode) in [("file", 0o4714), ("sub", 0o1777), ("", 0o750)] {
+        fs::set_permissions(data.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let volume = bundle.host.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("own"), "of the volume\n").unwrap();
+    let bundle = bundle.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["size=3m", "mode=700", "tmpcopyup"] }));
+        mounts.push(json!({ "destination": "/data/vol", "type": "bind", "source": volume, "options": ["rbind"] }));
+        mounts.push(json!({ "destination": "/fixed", "type": "tmpfs", "source": "tmpfs", "options": ["ro", "tmpcopyup"] }));
+    });
+    let output = bundle.output();
+    assert_eq!(
+        text(&output.stdout),
+        ". 750 0:0 4\nfile 4714 1000:2000 2\nsub 1777 1:2 2\nsub/again 4714 1000:2000 2\n../file\nof the image\nof the volume\nmore\nfixed\ntmpfs\n",
+        "{}{}",
+        text(&output.stderr),
+        bundle.log()
+    );
+    assert!(text(&output.stderr).contains("Read-only file system"));
+    assert!(!data.join("sub/new").exists());
+    // What does not fit is an error that names the place.
+    fs::write(data.join("large"), vec![1; 4 << 20]).unwrap();
+    succeed(&bundle.run(&["delete", "--force", "one"]));
+    fail(&bundle.output(), 1, &["tmpfs at /data", "No space left"]);
+}
+
+#[test]
+fn an_exec_can_be_in_a_cgroup_below_the_containers() {
+    let bundle = Bundle::shell(
+        "mount -t cgroup2 none /mnt && mkdir -p /mnt/own/deep && echo made; sleep 1000",
+    );
+    fs::create_dir_all(bundle.dir().join("rootfs/mnt")).unwrap();
+    let bundle = bundle.with(|config| {
+        for set in ["bounding", "effective", "permitted"] {
+            let set = config["process"]["capabilities"][set]
+                .as_array_mut()
+                .unwrap();
+            set.push("CAP_SYS_ADMIN".into());
+        }
+    });
+    bundle.create_and_start();
+    let begun = std::time::Instant::now();
+    while !bundle.written().contains("made") {
+        assert!(begun.elapsed().as_secs() < 60, "{}", bundle.written());
+    }
+    let of =
+        |path: &str| bundle.run(&["exec", "--cgroup", path, "one", "cat", "/proc/self/cgroup"]);
+    assert_eq!(succeed(&of("/own/deep")), "0::/own/deep\n");
+    assert_eq!(succeed(&of("own")), "0::/own\n");
+    assert_eq!(succeed(&of("/")), "0::/\n");
+    fail(&of("/missing"), 255, &["missing", "No such file"]);
+    fail(&of("../other"), 255, &["no path below"]);
+    fail(&of("cpu:/own"), 255, &["names controllers"]);
 }
 
 /// What cannot be done is refused before anything is made.

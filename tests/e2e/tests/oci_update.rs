@@ -80,7 +80,7 @@ fn a_vm_grows_and_shrinks_with_its_containers_memory_limit() {
     assert_eq!(guest(&bundle, LIMIT), "536870912\n");
     assert_eq!(guest_memory(&bundle), small + 384);
     assert_eq!(host_memory(&bundle), Some(held + 384));
-    let use_it = "mkdir /m; mount -t tmpfs -o size=400m tmpfs /tmp && dd if=/dev/zero of=/tmp/x bs=1M count=300 2>/dev/null && stat -c %s /tmp/x";
+    let use_it = "mount -t tmpfs -o size=400m tmpfs /tmp && dd if=/dev/zero of=/tmp/x bs=1M count=300 2>/dev/null && stat -c %s /tmp/x";
     let used = bundle.run(&["exec", "--cap", "CAP_SYS_ADMIN", "one", "sh", "-c", use_it]);
     assert_eq!(succeed(&used), "314572800\n");
     guest(&bundle, "rm /tmp/x");
@@ -89,7 +89,11 @@ fn a_vm_grows_and_shrinks_with_its_containers_memory_limit() {
     // It keeps what it was started with, and perhaps some that it cannot spare.
     let (now, held_now) = (guest_memory(&bundle), host_memory(&bundle).unwrap());
     assert!((small..small + 192).contains(&now), "{small} {now}");
-    assert_eq!(held_now - now, held - small);
+    // The guest may go on giving back what it was not waited for.
+    assert!(
+        held_now - now >= held - small && held_now < held + 384,
+        "{held_now} {now}"
+    );
     update(&bundle, &["--memory", "-1"]);
     assert_eq!(guest(&bundle, LIMIT), "max\n");
     assert_eq!(host_memory(&bundle), None);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use cloison_sandbox::{Attached, Home, Id, RawTerminal, Signals, Streams};
+use cloison_sandbox::{Attached, Home, Id, NewProcess, RawTerminal, Signals, Streams};
 use oci_spec::runtime::Process;
 
 use crate::args::{Exec, ProcessOptions};
@@ -37,11 +37,14 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
         agent
             .exec(
                 container.id().as_str(),
-                exec_id.as_str(),
-                &process,
-                wiring.stdio.clone(),
-                size,
-                None,
+                NewProcess {
+                    id: exec_id.as_str(),
+                    process: &process,
+                    stdio: wiring.stdio.clone(),
+                    tty: size,
+                    lifeline: None,
+                    cgroup: "",
+                },
             )
             .await?;
         if options.detach {

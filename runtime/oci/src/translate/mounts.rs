@@ -2,7 +2,6 @@
 //! own.
 
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -125,8 +124,15 @@ pub(super) fn adapt(
                 bind_sysfs(&mut mount, &mut options);
             }
             if has(&options, &["tmpcopyup"]) {
-                refuse_copy(rootfs, mount.destination(), &place)?;
-                options.retain(|option| option != "tmpcopyup");
+                match covered_by(&adapted, mount.destination()) {
+                    None => {}
+                    Some(other) if other.typ().as_deref() == Some("bind") => bail!(
+                        "mount {place}: tmpcopyup is not supported below another mount, {}",
+                        other.destination().display()
+                    ),
+                    // There is nothing in it yet.
+                    Some(_) => options.retain(|option| option != "tmpcopyup"),
+                }
             }
         }
         mount.set_options(Some(options));
@@ -181,22 +187,10 @@ fn refuse_datagrams(source: &Path, place: &str) -> Result<()> {
     Ok(())
 }
 
-/// A tmpfs that is to begin with a copy of what it covers is an ordinary one where that is nothing.
-fn refuse_copy(rootfs: &Path, destination: &Path, place: &str) -> Result<()> {
-    let root = cloison_image::Root::open(rootfs)
-        .with_context(|| format!("cannot open the root file system {}", rootfs.display()))?;
-    let covered = match root.open_dir(destination) {
-        Ok(dir) => fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
-            .with_context(|| format!("mount {place}: cannot look into what it covers"))?
-            .next()
-            .is_some(),
-        Err(_) => false,
-    };
-    ensure!(
-        !covered,
-        "mount {place}: tmpcopyup is not supported where the directory has files in the image"
-    );
-    Ok(())
+/// The last of the mounts at or above a place, which covers what the image has there.
+fn covered_by<'a>(mounts: &'a [Mount], place: &Path) -> Option<&'a Mount> {
+    let mut mounts = mounts.iter().rev();
+    mounts.find(|mount| place.starts_with(mount.destination()))
 }
 
 #[cfg(test)]
@@ -283,6 +277,29 @@ mod tests {
         );
         let (without, _) = adapted(mounts, false).unwrap();
         assert_eq!(without.mounts[0].typ().as_deref(), Some("sysfs"));
+    }
+
+    #[test]
+    fn a_tmpfs_is_filled_from_the_image_and_from_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let filled = |first: serde_json::Value| {
+            let tmpfs =
+                json!({ "destination": "/a/b", "type": "tmpfs", "options": ["ro", "tmpcopyup"] });
+            let (adapted, _) = adapted(json!([first, tmpfs]), false)?;
+            let options = adapted.mounts[1].options().clone().unwrap();
+            anyhow::Ok(options.iter().any(|option| option == "tmpcopyup"))
+        };
+        let bind = |place: &str| json!({ "destination": place, "type": "bind", "source": dir.path(), "options": ["rbind"] });
+        assert!(filled(bind("/a/c")).unwrap());
+        assert!(filled(bind("/ab")).unwrap());
+        assert!(!filled(json!({ "destination": "/a", "type": "tmpfs" })).unwrap());
+        for place in ["/a", "/a/b"] {
+            let error = filled(bind(place)).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("below another mount, {place}")),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use nix::libc::c_void;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise, mprotect};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::memory::USED;
+use super::memory::{HELD, USED};
 
 /// What is behind a guest's memory: private pages of this process, some of them copies of a file's.
 pub(super) struct Backing(pub(super) GuestMemoryMmap);
@@ -55,7 +55,7 @@ impl HotMemory for Backing {
     }
 
     fn unplug(&mut self, start: GuestAddress, length: u64) -> io::Result<()> {
-        self.protect(start, length, ProtFlags::PROT_NONE)?;
+        self.protect(start, length, HELD)?;
         self.drop_pages(start, length)
     }
 }
@@ -90,7 +90,7 @@ mod tests {
         let memory = reserve(16).unwrap();
         let range = hot_range(&memory, 128);
         let start = range.0;
-        let memory = add_region(&memory, range).unwrap();
+        let memory = add_region(&memory, range, HELD).unwrap();
         let mut backing = Backing(memory.clone());
         // A system call finds out without a signal.
         let usable = |at: GuestAddress| {

@@ -66,7 +66,7 @@ impl KvmMachine {
             mib => Some(memory::hot_range(&memory, mib)),
         };
         if let Some(range) = hot {
-            memory = memory::add_region(&memory, range)?;
+            memory = memory::add_region(&memory, range, memory::HELD)?;
         }
         register_memory(&vm, &memory)?;
         vm.set_identity_map_address(KVM_IDENTITY_MAP)

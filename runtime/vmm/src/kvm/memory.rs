@@ -28,6 +28,9 @@ const HOT_ALIGNMENT: u64 = 2 << 30;
 /// Protection of memory that a guest uses.
 pub(super) const USED: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
+/// Protection of memory that nobody is to use yet.
+pub(super) const HELD: ProtFlags = ProtFlags::PROT_NONE;
+
 /// The address ranges that `mib` MiB of memory take: below the device hole, and the rest above it.
 pub(super) fn ranges(mib: u32) -> Vec<(u64, u64)> {
     let size = u64::from(mib) << 20;
@@ -57,16 +60,17 @@ pub(super) fn hot_range(memory: &GuestMemoryMmap, mib: u32) -> (GuestAddress, u6
     (GuestAddress(above.next_multiple_of(HOT_ALIGNMENT)), length)
 }
 
-/// Adds to `memory` a region that the guest cannot use until it is given parts of it.
+/// Adds to `memory` a region, of this protection at first: [`HELD`] where the guest is yet to be given parts of it.
 pub(super) fn add_region(
     memory: &GuestMemoryMmap,
     (start, length): (GuestAddress, u64),
+    protection: ProtFlags,
 ) -> Result<GuestMemoryMmap, KvmError> {
     let failed = |source| KvmError::Memory {
         mib: (length >> 20) as u32,
         source,
     };
-    let mapping = reserve_range(length as usize, ProtFlags::PROT_NONE).map_err(failed)?;
+    let mapping = reserve_range(length as usize, protection).map_err(failed)?;
     let region = GuestRegionMmap::new(mapping, start)
         .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
     let added = memory.insert_region(Arc::new(region));
@@ -184,7 +188,7 @@ mod tests {
         let memory = reserve(1000).unwrap();
         let range = hot_range(&memory, 130);
         assert_eq!(range, (GuestAddress(HOLE_END), 256 << 20));
-        let all = add_region(&memory, range).unwrap();
+        let all = add_region(&memory, range, HELD).unwrap();
         assert_eq!(low_end(&all), 1000 << 20);
         let held = all.get_host_address(GuestAddress(HOLE_END)).unwrap();
         assert!((held as usize).is_multiple_of(HUGE_PAGE));
@@ -193,7 +197,7 @@ mod tests {
             hot_range(&large, 1),
             (GuestAddress(HOLE_END + HOT_ALIGNMENT), 128 << 20)
         );
-        add_region(&memory, (GuestAddress(4096), 4096)).unwrap_err();
+        add_region(&memory, (GuestAddress(4096), 4096), USED).unwrap_err();
     }
 
     #[test]

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::error::KvmError;
 use super::kernel::Kernel;
 use super::layout::{PAGE, ROOT, ROOT_SIZE};
-use super::memory::{add_region, lay_file, low_end};
+use super::memory::{USED, add_region, lay_file, low_end};
 use super::{cpio, erofs};
 
 /// What persistent memory is a multiple of, bytes.
@@ -84,7 +84,7 @@ fn map(
     memory: &mut GuestMemoryMmap,
     length: u64,
 ) -> io::Result<Result<Root, KvmError>> {
-    *memory = match add_region(memory, (GuestAddress(ROOT), length)) {
+    *memory = match add_region(memory, (GuestAddress(ROOT), length), USED) {
         Ok(memory) => memory,
         Err(error) => return Ok(Err(error)),
     };
