@@ -378,7 +378,13 @@ impl Sources {
             ..BindOptions::default()
         };
         let binds = plan.binds.iter();
-        let binds = binds.map(|bind| Source::open(&bind.source, bind.options));
+        let binds = binds.map(|bind| {
+            let source = Source::open(&bind.source, bind.options)?;
+            match &bind.ids {
+                Some(map) => source.map_ids(map),
+                None => Ok(source),
+            }
+        });
         let sockets = plan.sockets.iter().map(|socket| {
             let source = Source::open(&socket.source, BindOptions::default())?;
             Ok((host_socket(socket)?, source))

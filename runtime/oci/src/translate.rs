@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{CgroupPlace, HostLimits, VmSize};
+use cloison_sandbox::{CgroupPlace, HostLimits, IdMap, IdRange, VmSize};
 use cloison_vmm::EngineChoice;
-use oci_spec::runtime::{Hooks, HooksBuilder, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Hooks, HooksBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Spec};
 
 use crate::container::CpuTime;
 use crate::network::Network;
@@ -107,11 +107,12 @@ impl Plan {
         let mounts = spec.mounts().clone().unwrap_or_default();
         let mut namespaces = linux.namespaces().iter().flatten();
         let has_users = namespaces.any(|n| n.typ() == LinuxNamespaceType::User);
+        let users = has_users.then(|| id_map(linux.uid_mappings(), linux.gid_mappings()));
         let mounts::Adapted {
             mounts,
             binds,
             sockets,
-        } = mounts::adapt(mounts, bundle, &rootfs, has_users, &mut notes)?;
+        } = mounts::adapt(mounts, bundle, &rootfs, users.as_ref(), &mut notes)?;
         let is_resolv_conf =
             |bind: &&Bind| mounts[bind.mount].destination() == Path::new("/etc/resolv.conf");
         let resolv_conf = binds.iter().find(is_resolv_conf);
@@ -195,6 +196,24 @@ impl Plan {
         }
         spec.set_mounts(Some(mounts));
         Ok(spec)
+    }
+}
+
+/// A mapping of IDs as a spec has it.
+fn id_map(users: &Option<Vec<LinuxIdMapping>>, groups: &Option<Vec<LinuxIdMapping>>) -> IdMap {
+    let ranges = |mappings: &Option<Vec<LinuxIdMapping>>| {
+        let mappings = mappings.iter().flatten();
+        let ranges = mappings.map(|mapping| IdRange {
+            inside: mapping.container_id(),
+            outside: mapping.host_id(),
+            count: mapping.size(),
+        });
+        ranges.collect()
+    };
+    IdMap {
+        users: ranges(users),
+        groups: ranges(groups),
+        recursive: false,
     }
 }
 

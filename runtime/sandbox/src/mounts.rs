@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use crate::Error;
+use crate::{Error, IdMap};
 
 /// Moves the calling thread into a mount namespace of its own that still follows the host's mounts. Call it before any other
 /// thread is started, so that the whole process is inside.
@@ -96,6 +96,16 @@ impl Source {
             is_dir: kind.is_dir(),
             options,
         })
+    }
+
+    /// Has its files belong to others.
+    ///
+    /// # Errors
+    /// When its file system cannot do that, or the host refuses the mapping.
+    pub fn map_ids(self, map: &IdMap) -> Result<Self, Error> {
+        let mapped = map.apply(&self.tree);
+        mapped.map_err(Error::path("map the IDs of", &self.path))?;
+        Ok(self)
     }
 
     /// Binds it to `target`, which must not exist yet.

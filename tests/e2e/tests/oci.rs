@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -491,6 +491,63 @@ fn an_exec_can_be_in_a_cgroup_below_the_containers() {
     fail(&of("/missing"), 255, &["missing", "No such file"]);
     fail(&of("../other"), 255, &["no path below"]);
     fail(&of("cpu:/own"), 255, &["names controllers"]);
+}
+
+#[test]
+fn the_files_of_a_mount_can_belong_to_others() {
+    let script = "stat -c '%n %u:%g' /data/* /below/sub/file; echo x >/data/new && stat -c %u:%g /data/new; mkdir /data/dir; stat -c %u /data";
+    let bundle = Bundle::shell(script);
+    let (data, below) = (bundle.host.path("data"), bundle.host.path("below"));
+    for dir in [&data, &below] {
+        fs::create_dir_all(dir.join("sub")).unwrap();
+        fs::write(dir.join("sub/file"), "").unwrap();
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    for (name, owner) in [("a", 0), ("b", 5), ("outside", 50)] {
+        fs::write(data.join(name), "").unwrap();
+        chown(data.join(name), Some(owner), Some(owner + 1)).unwrap();
+    }
+    let ranges = json!([{ "containerID": 0, "hostID": 1000, "size": 10 }]);
+    let bundle = bundle.with(|config| {
+        config["process"]["user"] = json!({ "uid": 1003, "gid": 1004 });
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        for (place, source, word) in [("/data", &data, "idmap"), ("/below", &below, "ridmap")] {
+            mounts.push(json!({
+                "destination": place, "type": "bind", "source": source, "options": ["rbind", word],
+                "uidMappings": ranges, "gidMappings": ranges,
+            }));
+        }
+    });
+    let output = bundle.output();
+    assert_eq!(
+        text(&output.stdout),
+        "/data/a 1000:1001\n/data/b 1005:1006\n/data/outside 65534:65534\n/data/sub 1000:1000\n/below/sub/file 1000:1000\n1003:1004\n1000\n",
+        "{}{}",
+        text(&output.stderr),
+        bundle.log()
+    );
+    for name in ["new", "dir"] {
+        let made = fs::metadata(data.join(name)).unwrap();
+        assert_eq!((made.uid(), made.gid()), (3, 4), "{name}");
+    }
+    // proc has no such mounts, on any host.
+    succeed(&bundle.run(&["delete", "--force", "one"]));
+    let bundle = bundle.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({
+            "destination": "/p", "type": "bind", "source": "/proc", "options": ["bind", "idmap"],
+            "uidMappings": ranges, "gidMappings": ranges,
+        }));
+    });
+    fail(&bundle.output(), 1, &["/proc", "cannot be ID-mapped"]);
+    // Two of one ID.
+    let twice = json!([{ "containerID": 0, "hostID": 5, "size": 9 }, { "containerID": 0, "hostID": 90, "size": 1 }]);
+    let bundle = bundle.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.pop();
+        mounts.last_mut().unwrap()["uidMappings"] = twice;
+    });
+    fail(&bundle.output(), 1, &["map the IDs"]);
 }
 
 /// What cannot be done is refused before anything is made.

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloison_sandbox::{BindOptions, MAX_SOCKETS};
-use oci_spec::runtime::Mount;
+use cloison_sandbox::{BindOptions, IdMap, MAX_SOCKETS};
+use oci_spec::runtime::{LinuxIdMapping, Mount};
 
 /// File systems that a guest's kernel makes anew.
 const GUEST_KINDS: [&str; 7] = [
@@ -16,6 +16,8 @@ const GUEST_KINDS: [&str; 7] = [
 ];
 /// Mount options that, without a VM, would carry the container's own mounts to the host.
 const TO_THE_HOST: [&str; 2] = ["shared", "rshared"];
+/// Mount options that have files belong to others.
+const ID_MAPPED: [&str; 2] = ["idmap", "ridmap"];
 /// Mount options that have host's later mounts below the source appear in the container.
 const FROM_THE_HOST: [&str; 2] = ["slave", "rslave"];
 
@@ -26,6 +28,8 @@ pub struct Bind {
     pub source: PathBuf,
     /// How.
     pub options: BindOptions,
+    /// Whom its files belong to.
+    pub ids: Option<IdMap>,
     /// Which of the spec's mounts uses it.
     pub mount: usize,
 }
@@ -51,7 +55,7 @@ pub(super) fn adapt(
     mounts: Vec<Mount>,
     bundle: &Path,
     rootfs: &Path,
-    has_users: bool,
+    users: Option<&IdMap>,
     notes: &mut Vec<String>,
 ) -> Result<Adapted> {
     let mut adapted = Vec::with_capacity(mounts.len());
@@ -65,11 +69,9 @@ pub(super) fn adapt(
                 .iter()
                 .any(|option| words.contains(&option.as_str()))
         };
-        if has(&options, &["idmap", "ridmap"])
-            || mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())
-        {
-            bail!("mount {place}: ID-mapped mounts are not supported");
-        }
+        let ids = id_map(&mount, &options, users).with_context(|| format!("mount {place}"))?;
+        mount.set_uid_mappings(None).set_gid_mappings(None);
+        options.retain(|option| !ID_MAPPED.contains(&option.as_str()));
         let kind = mount.typ().clone().unwrap_or_default();
         if kind == "bind" || has(&options, &["bind", "rbind"]) {
             if has(&options, &TO_THE_HOST) {
@@ -94,6 +96,7 @@ pub(super) fn adapt(
             let index = adapted.len();
             if kind.is_socket() {
                 refuse_datagrams(&source, &place)?;
+                ensure!(ids.is_none(), "mount {place}: a socket cannot be ID-mapped");
                 sockets.push(Socket {
                     source,
                     mount: index,
@@ -107,11 +110,16 @@ pub(super) fn adapt(
                         read_only_below: has(&options, &["rro"]),
                         follow_host: has(&options, &FROM_THE_HOST),
                     },
+                    ids,
                     mount: index,
                 });
             }
             mount.set_typ(Some("bind".into()));
         } else {
+            ensure!(
+                ids.is_none(),
+                "mount {place}: only what is bound from the host can be ID-mapped"
+            );
             ensure!(
                 GUEST_KINDS.contains(&kind.as_str()),
                 "mount {place}: file system type {kind:?} is not supported: a guest has {}",
@@ -120,7 +128,7 @@ pub(super) fn adapt(
             if matches!(kind.as_str(), "proc" | "sysfs") {
                 refuse_link(rootfs, mount.destination(), &kind)?;
             }
-            if kind == "sysfs" && has_users {
+            if kind == "sysfs" && users.is_some() {
                 bind_sysfs(&mut mount, &mut options);
             }
             if has(&options, &["tmpcopyup"]) {
@@ -148,6 +156,31 @@ pub(super) fn adapt(
         binds,
         sockets,
     })
+}
+
+/// Whom the files of a mount are to belong to: as its own mappings say, or those of the container's user namespace.
+fn id_map(mount: &Mount, options: &[String], users: Option<&IdMap>) -> Result<Option<IdMap>> {
+    let given =
+        |ranges: &Option<Vec<LinuxIdMapping>>| ranges.as_deref().is_some_and(|r| !r.is_empty());
+    let own = match (given(mount.uid_mappings()), given(mount.gid_mappings())) {
+        (false, false) => None,
+        (true, true) => Some(super::id_map(mount.uid_mappings(), mount.gid_mappings())),
+        _ => bail!("uidMappings and gidMappings must be given both or not at all"),
+    };
+    let asked = options
+        .iter()
+        .rfind(|option| ID_MAPPED.contains(&option.as_str()));
+    if own.is_none() && asked.is_none() {
+        return Ok(None);
+    }
+    let map = own.or_else(|| users.cloned());
+    let map = map.context(
+        "an ID-mapped mount needs uidMappings and gidMappings where the container has no user namespace of its own",
+    )?;
+    Ok(Some(IdMap {
+        recursive: asked.is_some_and(|option| option == "ridmap"),
+        ..map
+    }))
 }
 
 /// A user namespace may mount the sysfs of its own network namespace only, and the container's is the guest's: so it is given the guest's.
@@ -205,7 +238,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut notes = Vec::new();
         let mounts = serde_json::from_value(mounts).unwrap();
-        let adapted = adapt(mounts, dir.path(), dir.path(), has_users, &mut notes)?;
+        let users = IdMap {
+            users: Vec::new(),
+            groups: Vec::new(),
+            recursive: false,
+        };
+        let users = has_users.then_some(&users);
+        let adapted = adapt(mounts, dir.path(), dir.path(), users, &mut notes)?;
         Ok((adapted, notes))
     }
 
@@ -249,7 +288,7 @@ mod tests {
                     mounts.clone(),
                     dir.path(),
                     dir.path(),
-                    false,
+                    None,
                     &mut Vec::new(),
                 )
             };
@@ -300,6 +339,44 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_mount_is_id_mapped_by_its_own_mappings_or_the_containers() {
+        let dir = tempfile::tempdir().unwrap();
+        let ranges = json!([{ "containerID": 0, "hostID": 1000, "size": 10 }]);
+        let mount = |options: &[&str], uids: bool, gids: bool| {
+            let mut mount = json!({ "destination": "/x", "type": "bind", "source": dir.path(), "options": options });
+            if uids {
+                mount["uidMappings"] = ranges.clone();
+            }
+            if gids {
+                mount["gidMappings"] = ranges.clone();
+            }
+            json!([mount])
+        };
+        let mapped = |options: &[&str], own: bool, has_users| {
+            let (adapted, _) = adapted(mount(options, own, own), has_users)?;
+            let guest = &adapted.mounts[0];
+            assert!(guest.uid_mappings().is_none());
+            assert_eq!(guest.options().as_deref().unwrap(), ["rbind"]);
+            anyhow::Ok(adapted.binds[0].ids.clone())
+        };
+        assert_eq!(mapped(&["rbind"], false, true).unwrap(), None);
+        let own = mapped(&["rbind"], true, false).unwrap().unwrap();
+        assert_eq!((own.users[0].inside, own.users[0].outside), (0, 1000));
+        assert!(!own.recursive);
+        assert!(
+            mapped(&["rbind", "ridmap"], true, false)
+                .unwrap()
+                .unwrap()
+                .recursive
+        );
+        assert!(mapped(&["rbind", "idmap"], false, true).unwrap().is_some());
+        assert!(mapped(&["rbind", "idmap"], false, false).is_err());
+        assert!(adapted(mount(&["rbind"], true, false), false).is_err());
+        let tmpfs = json!([{ "destination": "/x", "type": "tmpfs", "options": ["idmap"] }]);
+        assert!(adapted(tmpfs, true).is_err());
     }
 
     #[test]
