@@ -12,6 +12,7 @@ use cloison_sandbox::{
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
+use serde_json::{Value, json};
 
 use crate::args::Exec;
 use crate::channel::{self, Order, ProcessEnd, Report, VerbEnd};
@@ -232,8 +233,15 @@ fn process(container: &Container, args: &Exec) -> Result<Process> {
     );
     if let Some(file) = &args.process {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        return serde_json::from_slice(&text)
-            .with_context(|| format!("cannot understand {}", file.display()));
+        let understood = serde_json::from_slice(&text).and_then(|mut process: Value| {
+            // runc's callers leave out who is root.
+            if let Some(members) = process.as_object_mut() {
+                let root = json!({ "uid": 0, "gid": 0 });
+                members.entry("user").or_insert(root);
+            }
+            serde_json::from_value(process)
+        });
+        return understood.with_context(|| format!("cannot understand {}", file.display()));
     }
     ensure!(!args.command.is_empty(), "process args cannot be empty");
     let spec = container.spec()?;

@@ -1,5 +1,7 @@
 //! The few things of the host's kernel that neither std nor nix offers safely.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -46,11 +48,33 @@ pub fn terminal_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
     (answer == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
-/// Closes every descriptor but standard input, output and error. To be called first of all in `main`.
+/// Closes every descriptor but standard input, output and error, and those that the command line names as files, as shells do with
+/// `<(COMMAND)`. To be called first of all in `main`.
 pub fn close_inherited() {
-    // SAFETY: nothing of this process has opened a descriptor yet, so none that is closed here belongs to anybody. Where the system
-    // call is missing they stay open, which is untidy and no more.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+    let mut next = 3;
+    for kept in named_descriptors(std::env::args_os()) {
+        close_range(next, kept.saturating_sub(1));
+        next = next.max(kept.saturating_add(1));
+    }
+    close_range(next, libc::c_uint::MAX);
+}
+
+fn close_range(first: libc::c_uint, last: libc::c_uint) {
+    if first <= last {
+        // SAFETY: nothing of this process has opened a descriptor yet, so none that is closed here belongs to anybody. Where the system
+        // call is missing they stay open, which is untidy and no more.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    }
+}
+
+fn named_descriptors(arguments: impl Iterator<Item = OsString>) -> BTreeSet<libc::c_uint> {
+    let number = |argument: OsString| {
+        let text = argument.into_string().ok()?;
+        let path = text.rsplit('=').next()?;
+        let number = ["/dev/fd/", "/proc/self/fd/"].map(|dir| path.strip_prefix(dir));
+        number.into_iter().flatten().next()?.parse().ok()
+    };
+    arguments.filter_map(number).collect()
 }
 
 /// Makes a terminal the controlling one of this process's session, which must be led by it and have none: the process then gets
@@ -111,5 +135,26 @@ mod tests {
         assert!(split().is_err());
         drop(go);
         assert!(other.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn descriptors_are_named_by_their_paths_alone() {
+        let words = [
+            "r",
+            "exec",
+            "-p",
+            "/dev/fd/63",
+            "--resources=/proc/self/fd/5",
+            "/dev/fd/63",
+            "/dev/fd/x",
+            "/dev/fd/",
+            "/dev/fd/-1",
+            "7",
+            "/dev/fd/99999999999",
+            "x/dev/fd/8",
+            "",
+        ];
+        let named = named_descriptors(words.iter().map(OsString::from));
+        assert_eq!(named.into_iter().collect::<Vec<_>>(), [5, 63]);
     }
 }

@@ -16,14 +16,15 @@ use crate::network::{HOSTS_NETWORK, Network};
 /// CFS period when none is given, microseconds (Documentation/scheduler/sched-bwc.rst).
 const DEFAULT_CPU_PERIOD_US: u64 = 100_000;
 
-/// Character devices that every guest has: /dev/null, zero, full, random, urandom, tty, console, ptmx, fuse
+/// Character devices that every guest has: /dev/null, zero, full, random, urandom, kmsg (its own kernel's log), tty, console, ptmx, fuse
 /// (Documentation/admin-guide/devices.txt).
-const GUEST_DEVICES: [(i64, i64); 9] = [
+const GUEST_DEVICES: [(i64, i64); 10] = [
     (1, 3),
     (1, 5),
     (1, 7),
     (1, 8),
     (1, 9),
+    (1, 11),
     (5, 0),
     (5, 1),
     (5, 2),
