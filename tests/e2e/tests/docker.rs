@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use crate::dockerd::Daemon;
-use crate::host::{fail, succeed, text};
+use crate::host::{engine, fail, succeed, text};
 use crate::pty::Terminal;
 
 #[test]
@@ -92,6 +92,11 @@ fn a_container_in_the_background_is_looked_at_changed_and_stopped() {
         succeed(&exec("cat /sys/fs/cgroup/memory.max")),
         "62914560\n"
     );
+    if engine() == "software" {
+        let more = ["update", "-m", "400m", "--memory-swap", "-1", "life"];
+        fail(&docker.docker(&more), 1, &["cannot be raised", "160 MiB"]);
+        assert_eq!(docker.inspect("life", ".HostConfig.Memory"), "62914560");
+    }
     let file = docker.path("file");
     fs::write(&file, "copied\n").unwrap();
     succeed(&docker.docker(&["cp", file.to_str().unwrap(), "life:/tmp/file"]));

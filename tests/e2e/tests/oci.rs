@@ -565,19 +565,15 @@ fn a_file_can_be_a_descriptor_of_the_callers() {
         r#"{ "cwd": "/", "args": ["/bin/echo", "given"] }"#,
     )
     .unwrap();
-    // As bash does with <(COMMAND).
+    // As shells do with <(COMMAND).
     let with = |number: u32| {
-        let script = format!("exec {number}<\"$0\"; exec \"$@\" -p /dev/fd/63 one");
-        let mut command = Command::new("bash");
-        command.args(["-c", &script]).arg(&process);
-        command
-            .args(arguments(&bundle.host))
-            .arg("exec")
-            .output()
-            .unwrap()
+        let script = format!("exec {number}<\"$0\"; exec \"$@\" exec -p /proc/self/fd/9 one");
+        let mut command = Command::new("busybox");
+        command.args(["sh", "-c", &script]).arg(&process);
+        command.args(arguments(&bundle.host)).output().unwrap()
     };
-    assert_eq!(succeed(&with(63)), "given\n");
-    fail(&with(62), 255, &["cannot read /dev/fd/63"]);
+    assert_eq!(succeed(&with(9)), "given\n");
+    fail(&with(8), 255, &["cannot read /proc/self/fd/9"]);
 }
 
 #[test]
