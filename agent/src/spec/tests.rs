@@ -337,3 +337,34 @@ fn shared_memory_is_what_is_bound_to_it() {
     let other = json!({ "destination": "/x", "source": "/s", "options": ["bind"] });
     assert_eq!(mounted(other), None);
 }
+
+#[test]
+fn the_cgroup_of_an_exec_stays_below_the_containers() {
+    let below = |path| cgroup_below(Path::new("/cloison/c1"), path);
+    assert_eq!(
+        below("own/deep").unwrap(),
+        Path::new("/cloison/c1/own/deep")
+    );
+    for path in ["../c2", "own/../../c2", "/c2", ".", "a\0b"] {
+        assert!(below(path).is_err(), "{path:?}");
+    }
+}
+
+#[test]
+fn a_tmpfs_that_is_filled_first_is_read_only_afterwards() {
+    let mounts = json!([
+        { "destination": "/a", "type": "tmpfs", "options": ["ro", "nosuid", "tmpcopyup"] },
+        { "destination": "/b", "type": "tmpfs", "options": ["ro"] },
+    ]);
+    let spec = parse(&with("", "mounts", mounts)).unwrap();
+    let copied = CopyUp {
+        root: "/run/cloison/shared/rootfs".into(),
+        place: "/a".into(),
+    };
+    assert_eq!(spec.workload.copy_up, [copied]);
+    let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID;
+    assert_eq!(spec.workload.mount_changes, [("/a".into(), flags)]);
+    let config: Value = serde_json::from_slice(&spec.config).unwrap();
+    assert_eq!(config["mounts"][0]["options"], json!(["nosuid"]));
+    assert_eq!(config["mounts"][1]["options"], json!(["ro"]));
+}
