@@ -2,12 +2,16 @@
 //! guest sees in a mount namespace of its own, launches the VM and lives until the container's init has ended and the VM is gone;
 //! then it exits with the init's status. The VM ends with it, however it ends. That of a container in the VM of another does not
 //! launch one (`join`).
+//!
+//! Its first thread only waits, and has the container's files for its own (`View`): it is that thread whose namespaces and root are found by
+//! the pid.
 
 use std::convert::Infallible;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -16,11 +20,12 @@ use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
     Attached, BindOptions, Error, ExitStatus, HostCgroup, HostLimits, Joined, MonitorLock, Network,
-    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, Wiring, enter_private_namespace,
+    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View, Wiring, enter_private_namespace,
     loopback_resolver,
 };
 use cloison_vmm::{ControlClient, VmSpec};
 use oci_spec::runtime::{Hook, Spec};
+use tokio::sync::oneshot;
 
 use crate::channel::{self, Order, ProcessEnd, Report};
 use crate::console::{Console, inherited_size, inherited_streams};
@@ -92,8 +97,13 @@ pub struct Ready {
     sockets: Vec<HostSocket>,
     hooks: Option<Vec<Hook>>,
     resolv_conf: Option<PathBuf>,
+    view: Option<View>,
+    views: mpsc::Sender<Request>,
     pub log: Log,
 }
+
+/// What the first thread is asked: to have the container's files for its own, and to say when it has.
+type Request = (View, oneshot::Sender<Result<(), Error>>);
 
 /// The monitor's whole life, and its exit status.
 pub fn serve(job: Job, channel: UnixStream) -> u8 {
@@ -152,6 +162,8 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     };
     let sandbox = container.sandbox();
     let (shared, binds, sockets) = sources.show(&container, &job.place)?;
+    let view = View::of(&shared, job.plan.is_read_only(), job.plan.places());
+    let (views, requests) = mpsc::channel();
     let hooks = job.plan.hooks.create_container().clone();
     let resolv_conf = job.plan.resolv_conf.clone();
     let spec = job.plan.into_guest_spec(shared.rootfs_in_guest(), binds)?;
@@ -165,24 +177,39 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         sockets,
         hooks,
         resolv_conf,
+        view: Some(view),
+        views,
         log: job.log.clone(),
     };
     let mut record = job.record;
     record.pid = std::process::id().cast_signed();
-    let ended = runtime()?.block_on(async {
-        match job.place {
-            Place::Own(vm) => ready.run(vm, &container, &record, channel, made).await,
-            Place::In(membership) => {
-                join::run(ready, &membership, &container, &record, channel, made).await
+    let lives = move || {
+        let ended = runtime()?.block_on(async {
+            match job.place {
+                Place::Own(vm) => ready.run(vm, &container, &record, channel, made).await,
+                Place::In(membership) => {
+                    join::run(ready, &membership, &container, &record, channel, made).await
+                }
             }
+        })?;
+        if ended.oom_killed
+            && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
+        {
+            job.log.warn(format!("{:#}", anyhow::Error::from(error)));
         }
-    })?;
-    if ended.oom_killed
-        && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
-    {
-        job.log.warn(format!("{:#}", anyhow::Error::from(error)));
-    }
-    Ok(ended)
+        Ok(ended)
+    };
+    std::thread::scope(|scope| {
+        let life = std::thread::Builder::new()
+            .spawn_scoped(scope, lives)
+            .context("cannot start a thread")?;
+        for (view, answer) in requests {
+            // Nobody listens when the VM has ended meanwhile.
+            let _ = answer.send(view.enter());
+        }
+        life.join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 impl Ready {
@@ -256,7 +283,7 @@ impl Ready {
 
     /// Makes the container in the guest.
     pub async fn make(
-        &self,
+        &mut self,
         agent: &cloison_sandbox::Agent,
         wiring: &Wiring,
         joined: Option<Joined<'_>>,
@@ -279,6 +306,12 @@ impl Ready {
             )
             .await
             .map_err(Error::from)?;
+        // The guest has made the places of its mounts.
+        if let Some(view) = self.view.take() {
+            let (answer, answered) = oneshot::channel();
+            self.views.send((view, answer))?;
+            answered.await??;
+        }
         channel.tell(&Report::Made).await
     }
 
@@ -415,7 +448,7 @@ impl Sources {
         let binds: Result<Vec<_>, _> = binds.map(|bind| shared.add_mount(bind)).collect();
         let binds = binds?;
         if let Place::In(_) = place {
-            vm.show(&own, owner)?;
+            vm.show(&own, &mut shared, owner)?;
         }
         let offer = |(mut socket, source): (HostSocket, Source)| {
             socket.port = vm.offer(source, owner)?;

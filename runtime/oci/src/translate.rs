@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{CgroupPlace, HostLimits, IdMap, IdRange, VmSize};
 use cloison_vmm::EngineChoice;
-use oci_spec::runtime::{Hooks, HooksBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{
+    Hooks, HooksBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Root, Spec,
+};
 
 use crate::container::CpuTime;
 use crate::network::Network;
@@ -160,6 +162,26 @@ impl Plan {
             .and_then(|linux| linux.resources().as_ref())
             .and_then(|resources| resources.cpu().as_ref());
         CpuTime::default().changed_by(cpu)
+    }
+
+    /// Whether its root is not to be written to.
+    pub fn is_read_only(&self) -> bool {
+        let root = self.guest.root().as_ref();
+        root.and_then(Root::readonly).unwrap_or(false)
+    }
+
+    /// The container's mounts that are file systems, in their order: where they are in it, and which of [`Plan::binds`] it is, if it is of
+    /// the host.
+    pub fn places(&self) -> Vec<(PathBuf, Option<usize>)> {
+        let mounts = self.guest.mounts().iter().flatten().enumerate();
+        let is_socket = |n: usize| self.sockets.iter().any(|socket| socket.mount == n);
+        mounts
+            .filter(|(n, _)| !is_socket(*n))
+            .map(|(n, mount)| {
+                let bind = self.binds.iter().position(|bind| bind.mount == n);
+                (mount.destination().clone(), bind)
+            })
+            .collect()
     }
 
     /// What is bound to /dev/shm, and its number among the binds.

@@ -23,6 +23,7 @@ mod signals;
 mod size;
 mod stdio;
 mod terminal;
+mod view;
 
 pub use agent::{Agent, AgentError, ExitStatus, Failure, GuestInfo, Joined, NewProcess, Usage};
 pub use attached::Attached;
@@ -47,3 +48,4 @@ pub use signals::{Event, Signals, UnknownSignal, signal_number};
 pub use size::{LimitError, VmSize};
 pub use stdio::{HostStream, Lifeline, Streams, Wiring};
 pub use terminal::RawTerminal;
+pub use view::View;

@@ -184,12 +184,19 @@ pub(crate) fn detach_within(pid: i32, places: &[PathBuf]) -> Result<(), Error> {
     detached.unwrap_or_else(|_| Err(failed()(io::Error::other("the thread for it failed"))))
 }
 
+/// The mount namespace that a sandbox's files are mounted in. The first thread of a process that stands for a container's init is in another one
+/// ([`View`](crate::View)), so it is that of any other.
 fn namespace_of(pid: i32) -> PathBuf {
-    format!("/proc/{pid}/ns/mnt").into()
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    let names = threads.map(|thread| thread.file_name());
+    let mut ids = names.filter_map(|name| name.to_str()?.parse::<i32>().ok());
+    let thread = ids.find(|id| *id != pid).unwrap_or(pid);
+    format!("/proc/{pid}/task/{thread}/ns/mnt").into()
 }
 
 /// By mount_setattr(2), which leaves a mount's other flags as they are.
-fn make_read_only(target: &Path, below: bool) -> io::Result<()> {
+pub(crate) fn make_read_only(target: &Path, below: bool) -> io::Result<()> {
     let path = CString::new(target.as_os_str().as_bytes())?;
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY,

@@ -132,19 +132,21 @@ impl Sandbox {
         Shared::create(&self.shared(), &shared::guest_base(Some(place)), container)
     }
 
-    /// Shows the guest, which runs, all that `other` shares, at a place that has not been used before: the guest may remember for a while
+    /// Shows the guest, which runs, all that `other` shares, and so `shared`, at a place that has not been used before: the guest may remember for a while
     /// what it has found at another. All at once, since the guest may change what it sees. To be called in the mount namespace of
     /// this sandbox's processes.
     ///
     /// # Errors
     /// When it cannot be mounted.
-    pub fn show(&self, other: &Self, place: &Id) -> Result<(), Error> {
+    pub fn show(&self, other: &Self, shared: &mut Shared, place: &Id) -> Result<(), Error> {
         let place = self.shared().join(place.as_str());
         fs::DirBuilder::new()
             .mode(0o711)
             .create(&place)
             .map_err(Error::path("create the directory", &place))?;
-        mounts::move_to(&other.shared(), &place)
+        mounts::move_to(&other.shared(), &place)?;
+        shared.has_moved(&place);
+        Ok(())
     }
 
     /// Takes away from the guest what [`Sandbox::show`] and [`Sandbox::offer`] have given it for `place`. Of a sandbox that is gone, all has

@@ -69,6 +69,18 @@ impl Shared {
         self.guest.join("rootfs")
     }
 
+    /// Where the host has mounted its `n`-th volume.
+    pub(crate) fn mount_on_host(&self, n: usize) -> PathBuf {
+        self.host.join("mounts").join(n.to_string())
+    }
+
+    /// Says that all of the shared directory that it was created in is at `shared` by now.
+    pub(crate) fn has_moved(&mut self, shared: &Path) {
+        if let Some(container) = self.host.file_name() {
+            self.host = shared.join(container);
+        }
+    }
+
     /// Shows a root file system that is a directory of the host.
     ///
     /// # Errors
@@ -82,9 +94,9 @@ impl Shared {
     /// # Errors
     /// When it cannot be bound.
     pub fn add_mount(&mut self, source: Source) -> Result<PathBuf, Error> {
-        let place = Path::new("mounts").join(self.mounts.to_string());
-        source.bind(&self.host.join(&place))?;
+        source.bind(&self.mount_on_host(self.mounts))?;
+        let place = self.guest.join("mounts").join(self.mounts.to_string());
         self.mounts += 1;
-        Ok(self.guest.join(place))
+        Ok(place)
     }
 }
