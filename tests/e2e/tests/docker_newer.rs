@@ -8,12 +8,12 @@ use crate::host::{succeed, text};
 
 #[test]
 fn docker_26_runs_containers_as_with_runc() {
-    essentials("docker26", "26.");
+    essentials("trixie", "26.");
 }
 
 #[test]
 fn docker_28_or_later_runs_containers_as_with_runc() {
-    essentials("docker28", "");
+    essentials("sid", "");
 }
 
 fn essentials(tree: &'static str, release: &str) {

@@ -1,5 +1,5 @@
 //! A dockerd of the tests' own, in a network namespace of its own, with its data and its cgroup: this machine's, or that of a tree with
-//! a newer release (`tests/trees/docker`).
+//! a newer release (`tests/trees`).
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -10,16 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
-use crate::host::{data, dist, emulated, image_tar, rootfs, succeed, text, tree};
-
-/// Whose docker it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Release {
-    /// This machine's.
-    Host,
-    /// That of a tree.
-    Tree(&'static str),
-}
+use crate::host::{data, dist, emulated, image_tar, rootfs, succeed, text};
+pub use crate::trees::Release;
+use crate::trees::{child_of, in_tree};
 
 /// A dockerd. Dropping it checks that nothing is left of its containers.
 pub struct Daemon {
@@ -40,31 +33,6 @@ const BOOTED: &str = "containerd successfully booted";
 
 /// What dockerd says, to whoever debugs it, of a connection to containerd.
 const CONNECTED: &str = "\"processing event stream\" module=libcontainerd namespace=moby";
-
-/// Makes the root file system of a tree, with the directories that are named after it, the calling process's own, and runs a command there.
-/// A plain chroot will not do: dockerd remounts `/`.
-const IN_TREE: &str = r#"
-    set -e
-    tree=$1 work=$2 dist=$3 parts=$4
-    shift 4
-    mount -t overlay overlay -o "lowerdir=$tree,upperdir=$work/upper,workdir=$work/work" "$work/root"
-    cd "$work/root"
-    mount -t proc proc proc
-    mount --rbind /dev dev
-    mount --rbind /sys sys
-    mount -t tmpfs tmpfs run
-    mount -t tmpfs tmpfs tmp
-    for shared in "$(dirname "$work")" "$dist" "$parts"; do
-        mkdir -p ".$shared"
-        mount --bind "$shared" ".$shared"
-    done
-    mkdir -p .old
-    pivot_root . .old
-    cd /
-    umount -l .old
-    ip link set lo up
-    exec "$@"
-"#;
 
 const ON_HOST: &str =
     r#"ip link set lo up && mount -o remount,rw /proc/sys 2>/dev/null; exec "$@""#;
@@ -104,7 +72,12 @@ impl Daemon {
                 let containerd = Containerd::start(dir.path());
                 (containerd.dockerd(dir.path()), Some(containerd))
             }
-            Release::Tree(name) => (in_tree(dir.path(), name), None),
+            Release::Tree(name) => {
+                let mut command = in_tree(dir.path(), name);
+                command.env("CLOISON_DATA_DIR", dir.path().join("cloison"));
+                dockerd(&mut command, dir.path());
+                (logged(&mut command, &dir.path().join("log")), None)
+            }
         };
         await_line(&dir.path().join("log"), "API listen on");
         let daemon = Self {
@@ -149,12 +122,10 @@ impl Daemon {
     }
 
     fn stop(&mut self) {
-        let parent = i32::try_from(self.process.id()).unwrap();
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
         let pid = match self.containerd {
-            Some(_) => parent,
+            Some(_) => i32::try_from(self.process.id()).unwrap(),
             // The tree's init is dockerd.
-            None => children.unwrap().trim().parse().unwrap(),
+            None => child_of(&self.process),
         };
         // SAFETY: kill(2) takes two integers, and the process is our child or its.
         unsafe { libc::kill(pid, libc::SIGTERM) };
@@ -359,24 +330,6 @@ impl Containerd {
         command.arg("--containerd").arg(dir.join("containerd.sock"));
         logged(&mut command, &dir.join("log"))
     }
-}
-
-fn in_tree(dir: &Path, name: &str) -> Child {
-    let tree_dir = dir.join("tree");
-    for part in ["upper", "work", "root"] {
-        fs::create_dir_all(tree_dir.join(part)).unwrap();
-    }
-    let dist = dist();
-    let parts = fs::canonicalize(dist.join("vmlinux")).unwrap();
-    let mut command = Command::new("unshare");
-    // Its QEMU is another one, and so would be the templates of the shared data directory.
-    command.env("CLOISON_DATA_DIR", dir.join("cloison"));
-    command.args(["--net", "--mount", "--pid", "--fork", "--kill-child"]);
-    command.args(["sh", "-c", IN_TREE, "sh"]);
-    command.arg(tree(name)).arg(tree_dir);
-    command.arg(&dist).arg(parts.parent().unwrap());
-    dockerd(&mut command, dir);
-    logged(&mut command, &dir.join("log"))
 }
 
 /// dockerd's command line, on what is in `dir`.

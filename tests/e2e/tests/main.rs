@@ -12,6 +12,7 @@
 mod dockerd;
 mod host;
 mod pty;
+mod trees;
 mod world;
 
 mod bad_input;

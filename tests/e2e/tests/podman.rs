@@ -1,18 +1,28 @@
-//! podman with this runtime, its storage in a temporary directory.
+//! podman with this runtime, its storage in a temporary directory: this machine's, 4.3, and one of a tree, 5. What podman does with a container's
+//! process on the host and its namespaces (exec, cp, pods) is tested with both, for that is its own and changed between the two. What it says in a
+//! container's spec is tested with the newer one, and so are networks with names, for which this machine's has no server.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
-use crate::host::{data, dist, emulated, image_tar, rootfs, succeed, text};
+use crate::host::{data, dist, emulated, fail, image_tar, rootfs, succeed, text};
 use crate::oci::cgroups;
+use crate::trees::{Release, child_of, in_tree};
 
-struct Podman {
+pub struct Podman {
     dir: tempfile::TempDir,
+    /// The command that runs another where this podman is.
+    enter: Vec<String>,
+    /// Who makes cgroups.
+    manager: &'static str,
+    /// What holds the tree that it is in, if it is in one.
+    tree: Option<Child>,
 }
 
-/// podman raises these limits to more than a machine may allow, unless it is told.
+/// podman 4.3 raises these limits to more than a machine may allow, unless it is told.
 const LIMITS: [&str; 4] = [
     "--ulimit",
     "nofile=1024:1024",
@@ -20,14 +30,56 @@ const LIMITS: [&str; 4] = [
     "nproc=1024:1024",
 ];
 
+/// The first process of a tree. It reaps what others leave behind.
+const WAIT: &str = "echo ready; tail -f /dev/null; true";
+
 impl Podman {
-    fn new() -> Self {
+    fn new(release: Release) -> Self {
         let dir = tempfile::TempDir::with_prefix("cloison-e2e-podman-").unwrap();
-        let podman = Self { dir };
-        let (root, tar) = (
-            podman.dir.path().join("rootfs"),
-            podman.dir.path().join("image.tar"),
-        );
+        let (mut enter, mut tree) = (Vec::new(), None);
+        if let Release::Tree(name) = release {
+            let mut command = in_tree(dir.path(), name);
+            let mut process = command
+                .args(["env", "-i", "sh", "-c", WAIT])
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut ready = [0; 6];
+            process
+                .stdout
+                .as_mut()
+                .unwrap()
+                .read_exact(&mut ready)
+                .unwrap();
+            let pid = child_of(&process).to_string();
+            enter = ["nsenter", "-m", "-n", "-p", "-t", &pid]
+                .map(str::to_owned)
+                .into();
+            tree = Some(process);
+        }
+        Self::start(dir, enter, "cgroupfs", tree)
+    }
+
+    /// This machine's, with what a command of these words puts before another.
+    pub fn behind(enter: Vec<String>, manager: &'static str) -> Self {
+        let dir = tempfile::TempDir::with_prefix("cloison-e2e-podman-").unwrap();
+        Self::start(dir, enter, manager, None)
+    }
+
+    fn start(
+        dir: tempfile::TempDir,
+        enter: Vec<String>,
+        manager: &'static str,
+        tree: Option<Child>,
+    ) -> Self {
+        let podman = Self {
+            dir,
+            enter,
+            manager,
+            tree,
+        };
+        let (root, tar) = (podman.path("rootfs"), podman.path("image.tar"));
         rootfs(&root);
         let pause = root.join("bin/pause");
         fs::write(
@@ -41,22 +93,45 @@ impl Podman {
         podman
     }
 
-    fn podman(&self, args: &[&str]) -> Output {
-        let at = |name: &str| self.dir.path().join(name);
-        Command::new("podman")
-            .env("CLOISON_DATA_DIR", data())
+    /// A place below its directory, which it sees under the same name.
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn podman(&self, args: &[&str]) -> Output {
+        let data = match self.tree {
+            Some(_) => self.path("cloison"),
+            None => data(),
+        };
+        let (enter, podman) = (self.enter.iter(), "podman".to_owned());
+        let mut words = enter.chain([&podman]);
+        Command::new(words.next().unwrap())
+            .args(words)
+            .env("CLOISON_DATA_DIR", data)
+            .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
             .arg("--root")
-            .arg(at("root"))
+            .arg(self.path("root"))
             .arg("--runroot")
-            .arg(at("run"))
+            .arg(self.path("run"))
             // Where it has its log of events, from which it learns how an exec has ended.
             .arg("--tmpdir")
-            .arg(at("tmp"))
-            .args(["--cgroup-manager", "cgroupfs", "--runtime"])
+            .arg(self.path("tmp"))
+            .args(["--events-backend", "file"])
+            .args(["--cgroup-manager", self.manager, "--runtime"])
             .arg(dist().join("cloison-runtime"))
             .args(args)
+            .stdin(Stdio::null())
             .output()
             .unwrap()
+    }
+
+    /// What a command of podman's that must succeed says.
+    pub fn say(&self, args: &[&str]) -> String {
+        succeed(&self.podman(args)).trim().to_owned()
+    }
+
+    pub fn inspect(&self, name: &str, field: &str) -> String {
+        self.say(&["inspect", "-f", &format!("{{{{{field}}}}}"), name])
     }
 
     /// Runs a container in the background, in a pod.
@@ -81,28 +156,34 @@ impl Podman {
                 let read = |file: &str| fs::read(entry.path().join(file)).unwrap_or_default();
                 let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
                 let all = [read("cmdline"), read("environ")].concat();
-                let ours = text(&all).contains(dir) && pid != std::process::id();
+                let own = [Some(std::process::id()), self.tree.as_ref().map(Child::id)];
+                let ours = text(&all).contains(dir) && !own.contains(&Some(pid));
                 ours.then(|| text(&read("cmdline")).replace('\0', " "))
             });
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let whose = self
+            .tree
+            .as_ref()
+            .map_or_else(|| "self".to_owned(), |tree| child_of(tree).to_string());
+        let mounts = fs::read_to_string(format!("/proc/{whose}/mountinfo")).unwrap();
         let mounts = mounts.lines().map(str::to_owned);
-        let storage = self.dir.path().join("root/overlay");
-        let mounts =
-            mounts.filter(|line| line.contains(dir) && line.split(' ').nth(4) != storage.to_str());
+        let (below, storage) = (format!(" {dir}/"), format!(" {dir}/root/overlay "));
+        let mounts = mounts.filter(|line| line.contains(&below) && !line.contains(&storage));
         processes.chain(mounts).collect()
     }
 
-    fn run(&self, options: &[&str], script: &str) -> Output {
-        let all = ["run", "--network", "none"];
-        self.podman(
-            &[
-                &all,
-                &LIMITS[..],
-                options,
-                &["localhost/busybox", "sh", "-c", script],
-            ]
-            .concat(),
-        )
+    /// A container without a network, unless the options give it one.
+    pub fn run(&self, options: &[&str], script: &str) -> Output {
+        let network = match options.contains(&"--network") {
+            true => &[][..],
+            false => &["--network", "none"],
+        };
+        let command = ["localhost/busybox", "sh", "-c", script];
+        self.podman(&[&["run"], network, &LIMITS, options, &command].concat())
+    }
+
+    /// What a container says that must succeed.
+    fn said(&self, options: &[&str], script: &str) -> String {
+        succeed(&self.run(&[&["--rm"], options].concat(), script))
     }
 }
 
@@ -126,14 +207,17 @@ impl Drop for Podman {
             clear_unmounted_controllers(pod);
         }
         self.podman(&["pod", "rm", "-af", "-t", "0"]);
-        self.podman(&["rm", "-af"]);
+        self.podman(&["rm", "-af", "-t", "0"]);
         // Its storage is mounted below the directory.
         self.podman(&["system", "reset", "-f"]);
-        let root = self.dir.path().join("root");
-        let _ = Command::new("umount")
-            .arg("-R")
-            .arg(root.join("overlay"))
-            .output();
+        let mut unmount = self.enter.clone();
+        unmount.extend(["umount", "-R"].map(str::to_owned));
+        unmount.push(self.path("root/overlay").to_str().unwrap().to_owned());
+        let _ = Command::new(&unmount[0]).args(&unmount[1..]).output();
+        if let Some(mut tree) = self.tree.take() {
+            tree.kill().unwrap();
+            tree.wait().unwrap();
+        }
         if !std::thread::panicking() {
             assert_eq!(left, "", "containers are left");
         }
@@ -141,38 +225,233 @@ impl Drop for Podman {
 }
 
 #[test]
-fn podman_runs_execs_and_stops_containers() {
+fn podman_runs_changes_and_stops_containers() {
     if emulated() {
         return;
     }
-    let podman = Podman::new();
+    let podman = Podman::new(Release::Host);
+    life(&podman);
+    files(&podman);
+}
+
+#[test]
+fn podman_5_runs_changes_and_stops_containers() {
+    if emulated() {
+        return;
+    }
+    let podman = Podman::new(Release::Tree("trixie"));
+    let version = podman.say(&["version", "-f", "{{.Server.Version}}"]);
+    assert!(version.starts_with("5."), "{version}");
+    life(&podman);
+    files(&podman);
+    options(&podman);
+    failures(&podman);
+    networks(&podman);
+    assert_eq!(podman.left(), Vec::<String>::new());
+}
+
+fn life(podman: &Podman) {
     let output = podman.run(&["--rm"], "uname -r; exit 3");
     assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
     assert_ne!(
         text(&output.stdout),
         fs::read_to_string("/proc/sys/kernel/osrelease").unwrap()
     );
+    let limits = ["-m", "64m", "--pids-limit", "50"];
+    let health = ["--health-cmd", "test -e /healthy"];
+    let options = [&["-d", "--name", "one"], &limits[..], &health].concat();
     let script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done";
-    succeed(&podman.run(&["-d", "--name", "one", "--tmpfs", "/t"], script));
-    let exec = podman.podman(&["exec", "one", "sh", "-c", "echo in; touch /t/x; exit 5"]);
+    succeed(&podman.run(&options, script));
+    let exec = podman.podman(&["exec", "one", "sh", "-c", "echo in; exit 5"]);
     assert_eq!(
         (exec.status.code(), text(&exec.stdout).as_str()),
         (Some(5), "in\n")
     );
-    succeed(&podman.podman(&["stop", "one"]));
-    let code = podman.podman(&["inspect", "-f", "{{.State.ExitCode}}", "one"]);
-    assert_eq!(succeed(&code), "4\n");
-    assert_eq!(succeed(&podman.podman(&["logs", "one"])), "up\nbye\n");
-    succeed(&podman.podman(&["rm", "one"]));
+    let limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max";
+    assert_eq!(podman.shell("one", limits), "67108864\n50\n");
+    let pid = podman.inspect("one", ".State.Pid");
+    assert!(pid.parse::<u32>().unwrap() > 1);
+
+    let check = podman.podman(&["healthcheck", "run", "one"]);
+    assert_eq!(check.status.code(), Some(1), "{}", text(&check.stderr));
+    podman.shell("one", "touch /healthy");
+    succeed(&podman.podman(&["healthcheck", "run", "one"]));
+
+    let format = "{{.Name}} {{.MemUsage}}";
+    let stats = podman.say(&["stats", "--no-stream", "--format", format, "one"]);
+    assert!(
+        stats.starts_with("one ") && stats.contains("MB / "),
+        "{stats}"
+    );
+    // It looks for processes of the host where the container has its files.
+    let top = podman.say(&["top", "one"]);
+    assert_eq!(top.lines().count(), 1, "{top}");
+
+    podman.say(&["pause", "one"]);
+    assert_eq!(podman.inspect("one", ".State.Status"), "paused");
+    podman.say(&["unpause", "one"]);
+    podman.say(&["update", "--memory", "60m", "one"]);
+    let memory = podman.shell("one", "cat /sys/fs/cgroup/memory.max");
+    assert_eq!(memory, "62914560\n");
+
+    podman.say(&["restart", "one"]);
+    podman.say(&["stop", "one"]);
+    assert_eq!(podman.inspect("one", ".State.ExitCode"), "4");
+    assert_eq!(podman.say(&["logs", "one"]), "up\nbye\nup\nbye");
+    podman.say(&["start", "one"]);
+    podman.say(&["kill", "one"]);
+    assert_eq!(podman.say(&["wait", "one"]), "137");
+    let id = podman.inspect("one", ".Id");
+    podman.say(&["rm", "one"]);
+    assert_eq!(cgroups(&id), Vec::<PathBuf>::new());
+}
+
+/// `cp` enters the mount namespace of the container's process on the host, where the host's own files would be if the container's were not.
+fn files(podman: &Podman) {
+    let volume = podman.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("file"), "of the volume\n").unwrap();
+    let bind = format!("{}:/v", volume.display());
+    let options = ["-d", "--name", "two", "--tmpfs", "/t", "-v", &bind];
+    // A link of the container's is followed within it.
+    let script = "mkdir /d; echo of the guest >/d/file; ln -s /d /to; echo up; exec sleep 1000";
+    succeed(&podman.run(&options, script));
+    podman.shell("two", "until [ -e /to ]; do :; done");
+
+    let (file, unique) = (podman.path("file"), format!("cp-{}", std::process::id()));
+    fs::write(&file, "of the host\n").unwrap();
+    let file = file.to_str().unwrap();
+    for at in [format!("/tmp/{unique}"), "/to/new".into(), "/v/new".into()] {
+        podman.say(&["cp", file, &format!("two:{at}")]);
+        let until_there = format!("until cat {at} 2>/dev/null; do :; done");
+        assert_eq!(podman.shell("two", &until_there), "of the host\n", "{at}");
+    }
+    let on_host = [&podman.enter[..], &["ls".into(), format!("/tmp/{unique}")]].concat();
+    let on_host = Command::new(&on_host[0]).args(&on_host[1..]).output();
+    assert!(!on_host.unwrap().status.success(), "it is on the host");
+    assert_eq!(
+        fs::read_to_string(volume.join("new")).unwrap(),
+        "of the host\n"
+    );
+
+    let got = podman.path("got");
+    for (from, content) in [
+        ("/to/file", "of the guest\n"),
+        ("/v/file", "of the volume\n"),
+    ] {
+        podman.say(&["cp", &format!("two:{from}"), got.to_str().unwrap()]);
+        assert_eq!(fs::read_to_string(&got).unwrap(), content, "{from}");
+    }
+    // What is in the guest's memory alone is out of reach, and says so.
+    let into = podman.podman(&["cp", file, "two:/t/new"]);
+    fail(&into, 125, &["read-only file system"]);
+    podman.shell("two", "echo hidden >/t/file; [ ! -e /t/new ]");
+    let from = podman.podman(&["cp", "two:/t/file", got.to_str().unwrap()]);
+    fail(&from, 125, &["/t/file", "no such file"]);
+    let host = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let from = podman.podman(&[
+        "cp",
+        "two:/proc/sys/kernel/random/boot_id",
+        got.to_str().unwrap(),
+    ]);
+    fail(&from, 125, &["boot_id"]);
+    assert_ne!(fs::read_to_string(&got).unwrap(), host);
+    podman.say(&["rm", "-f", "-t", "0", "two"]);
+}
+
+fn options(podman: &Podman) {
+    let file = podman.path("secret");
+    fs::write(&file, "hush").unwrap();
+    podman.say(&["secret", "create", "secret", file.to_str().unwrap()]);
+    let init = ["--init", "--init-path", "/usr/bin/docker-init"];
+    let user = ["--user", "1000:1000", "--cap-drop", "ALL"];
+    let locked = [
+        "--security-opt",
+        "no-new-privileges",
+        "--ulimit",
+        "core=0:0",
+    ];
+    // Not read-only as well: a secret has no place then, neither with runc.
+    let secret = ["--secret", "secret,uid=1000"];
+    let variable = ["--secret", "secret,type=env,target=HUSH"];
+    let options = [&init[..], &user, &locked, &secret, &variable].concat();
+    let script = "id -u; grep -E 'CapEff|NoNew' /proc/self/status; cat /run/secrets/secret; echo \" $HUSH\"; \
+                  ps | grep -c '[p]odman-init'; ulimit -c";
+    let expected = "1000\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\nhush hush\n1\n0\n";
+    assert_eq!(podman.said(&options, script), expected);
+    podman.say(&["secret", "rm", "secret"]);
+
+    let script = "touch /x 2>&1; touch /tmp/x && echo kept";
+    let said = podman.said(&["--read-only"], script);
+    assert_eq!(said, "touch: /x: Read-only file system\nkept\n");
+
+    let named = ["-v", "named:/n"];
+    podman.said(&named, "echo kept >/n/file");
+    assert_eq!(podman.said(&named, "cat /n/file"), "kept\n");
+    podman.say(&["volume", "rm", "named"]);
+}
+
+fn failures(podman: &Podman) {
+    let command = |name| {
+        podman.podman(&[
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "localhost/busybox",
+            name,
+        ])
+    };
+    fail(&command("nonsense"), 127, &["not found"]);
+    fail(&command("/etc/passwd"), 126, &["permission denied"]);
+    let host = podman.run(&["--rm", "--network", "host"], "true");
+    fail(&host, 126, &["host's network"]);
+    let oom = podman.run(&["--name", "oom", "-m", "32m"], "exec tail /dev/zero");
+    assert_eq!(oom.status.code(), Some(137), "{}", text(&oom.stderr));
+    assert_eq!(podman.inspect("oom", ".State.OOMKilled"), "true");
+    podman.say(&["rm", "oom"]);
+}
+
+/// Interfaces, a server of names, published ports.
+fn networks(podman: &Podman) {
+    podman.say(&["network", "create", "names"]);
+    let network = ["--network", "names"];
+    let serve = "echo answer >/tmp/index.html; exec httpd -f -p 80 -h /tmp";
+    let options = ["-d", "--name", "server", "-p", "127.0.0.1:8080:80"];
+    succeed(&podman.run(&[&network[..], &options].concat(), serve));
+    let ask =
+        "until wget -qO- http://server/; do :; done; ip -o -4 addr show eth0 | grep -c 'inet 10.'";
+    assert_eq!(podman.said(&network, ask), "answer\n1\n");
+    let ask = ["busybox", "wget", "-qO-", "http://127.0.0.1:8080/"].map(str::to_owned);
+    // The host's busybox, in the tree's network.
+    let ask = [
+        &["nsenter", "-n", "-t"].map(str::to_owned)[..],
+        &[podman.enter[5].clone()],
+        &ask,
+    ]
+    .concat();
+    let asked = Command::new(&ask[0]).args(&ask[1..]).output().unwrap();
+    assert_eq!(succeed(&asked), "answer\n");
+    podman.say(&["rm", "-f", "-t", "0", "server"]);
+    podman.say(&["network", "rm", "names"]);
+}
+
+#[test]
+fn a_pod_of_podman_is_one_vm_with_several_containers() {
+    if !emulated() {
+        pod(&Podman::new(Release::Host));
+    }
+}
+
+#[test]
+fn a_pod_of_podman_5_is_one_vm_with_several_containers() {
+    if !emulated() {
+        pod(&Podman::new(Release::Tree("trixie")));
+    }
 }
 
 /// The pod's first container is podman's own; its VM is everybody's.
-#[test]
-fn a_pod_of_podman_is_one_vm_with_several_containers() {
-    if emulated() {
-        return;
-    }
-    let podman = Podman::new();
+fn pod(podman: &Podman) {
     let created = podman.podman(&[
         "pod",
         "create",

@@ -7,8 +7,9 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::json;
 
-use crate::host::{data, fail, succeed};
+use crate::host::{data, emulated, fail, succeed};
 use crate::oci::{Bundle, arguments};
+use crate::podman::Podman;
 
 /// Runs systemd as the first process of a PID namespace, with a bus, below cgroups of this name: v2 where that has controllers, otherwise
 /// v1. It goes through three stages, for a cgroup v2 that has children must have no processes, but those that were in it first.
@@ -72,10 +73,9 @@ const BUS: &str = r#"<busconfig>
   </policy>
 </busconfig>"#;
 
-/// A systemd, and a container that it makes the cgroup of. Dropping it ends all that is in its namespaces, and checks that no cgroup is
-/// left of the container.
+/// A systemd, on whose cgroups containers depend. Dropping it ends all that is in its namespaces, and checks that no scope is left of a
+/// container.
 struct Systemd {
-    bundle: Bundle,
     dir: tempfile::TempDir,
     process: Child,
     /// Its PID here.
@@ -83,7 +83,7 @@ struct Systemd {
 }
 
 impl Systemd {
-    fn start(bundle: Bundle) -> Self {
+    fn start() -> Self {
         let dir = tempfile::TempDir::with_prefix("cloison-e2e-systemd-").unwrap();
         let (bus, ready) = (dir.path().join("bus.conf"), dir.path().join("ready"));
         fs::write(&bus, BUS).unwrap();
@@ -134,7 +134,6 @@ impl Systemd {
         let parent = process.id();
         let pid = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
         Self {
-            bundle,
             dir,
             process,
             pid: pid.trim().to_owned(),
@@ -143,13 +142,20 @@ impl Systemd {
 
     /// A command under it.
     fn command<I: IntoIterator<Item = String>>(&self, command: I) -> Command {
-        let mut entered = Command::new("/usr/bin/nsenter");
+        let enter = self.enter();
+        let mut entered = Command::new(&enter[0]);
         entered
             .env("CLOISON_DATA_DIR", data())
-            .args(["-t", &self.pid, "-m", "-n", "-p", "-C"])
+            .args(&enter[1..])
             .args(command)
             .stdin(Stdio::null());
         entered
+    }
+
+    /// What a command puts before another to run it there.
+    fn enter(&self) -> Vec<String> {
+        let words = ["/usr/bin/nsenter", "-t", &self.pid, "-m", "-n", "-p", "-C"];
+        words.map(str::to_owned).into()
     }
 
     fn run<I: IntoIterator<Item = String>>(&self, command: I) -> Output {
@@ -158,24 +164,6 @@ impl Systemd {
 
     fn shell(&self, script: &str) -> String {
         succeed(&self.run(["sh", "-c", script].map(str::to_owned)))
-    }
-
-    /// One of runc's verbs, for a container whose cgroup is a scope.
-    fn runtime(&self, args: &[&str]) -> Output {
-        self.run(verb(&self.bundle, args))
-    }
-
-    /// Creates the bundle's container, which keeps the output that it is given.
-    fn create(&self) {
-        let bundle = &self.bundle;
-        let out = fs::File::create(bundle.host.path("out")).unwrap();
-        let status = self
-            .command(verb(bundle, &create(&bundle.dir())))
-            .stdout(out.try_clone().unwrap())
-            .stderr(out)
-            .status()
-            .unwrap();
-        assert!(status.success(), "{}", bundle.written());
     }
 
     /// A property of a unit.
@@ -187,8 +175,6 @@ impl Systemd {
 
 impl Drop for Systemd {
     fn drop(&mut self) {
-        // The container's processes have other numbers outside.
-        self.runtime(&["delete", "--force", "one"]);
         // SAFETY: kill(2) takes two integers, and the process is our child.
         unsafe { libc::kill(i32::try_from(self.process.id()).unwrap(), libc::SIGKILL) };
         self.process.wait().unwrap();
@@ -203,11 +189,54 @@ impl Drop for Systemd {
         }
         let scopes: Vec<_> = left
             .iter()
-            .filter(|dir| dir.to_string_lossy().contains("cloison-one"))
+            .filter(|dir| {
+                let name = dir.to_string_lossy();
+                name.contains("cloison-one")
+                    || (name.contains("libpod-") && !name.contains("libpod-conmon-"))
+            })
             .collect();
         if !std::thread::panicking() {
             assert_eq!(scopes, Vec::<&PathBuf>::new());
         }
+    }
+}
+
+/// A container that a systemd makes the cgroup of.
+struct Scoped {
+    systemd: Systemd,
+    bundle: Bundle,
+}
+
+impl Scoped {
+    fn new(bundle: Bundle) -> Self {
+        let systemd = Systemd::start();
+        Self { systemd, bundle }
+    }
+
+    /// One of runc's verbs, for a container whose cgroup is a scope.
+    fn runtime(&self, args: &[&str]) -> Output {
+        self.systemd.run(verb(&self.bundle, args))
+    }
+
+    /// Creates the bundle's container, which keeps the output that it is given.
+    fn create(&self) {
+        let bundle = &self.bundle;
+        let out = fs::File::create(bundle.host.path("out")).unwrap();
+        let status = self
+            .systemd
+            .command(verb(bundle, &create(&bundle.dir())))
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{}", bundle.written());
+    }
+}
+
+impl Drop for Scoped {
+    fn drop(&mut self) {
+        // The container's processes have other numbers outside.
+        self.runtime(&["delete", "--force", "one"]);
     }
 }
 
@@ -260,12 +289,13 @@ fn systemd_makes_a_containers_cgroup_and_sees_it_go() {
             "cpu": { "shares": 512, "cpus": "0" },
         });
     });
-    let systemd = Systemd::start(bundle);
-    systemd.create();
-    succeed(&systemd.runtime(&["start", "one"]));
+    let container = Scoped::new(bundle);
+    let systemd = &container.systemd;
+    container.create();
+    succeed(&container.runtime(&["start", "one"]));
 
     let state: serde_json::Value =
-        serde_json::from_str(&succeed(&systemd.runtime(&["state", "one"]))).unwrap();
+        serde_json::from_str(&succeed(&container.runtime(&["state", "one"]))).unwrap();
     let pid = &state["pid"];
     let path = format!("/e2e.slice/e2e-pods.slice/{UNIT}");
     let unit = systemd.shell(&format!("cat /proc/{pid}/cgroup"));
@@ -284,17 +314,17 @@ fn systemd_makes_a_containers_cgroup_and_sees_it_go() {
     assert!((64 << 20..1 << 30).contains(&limit), "{limit}");
     assert_eq!(systemd.property(UNIT, cpu), shares);
 
-    let exec = systemd.runtime(&["exec", "one", "echo", "in"]);
+    let exec = container.runtime(&["exec", "one", "echo", "in"]);
     assert_eq!(succeed(&exec), "in\n");
     let update = ["update", "--cpu-share", "2048", "one"];
-    succeed(&systemd.runtime(&update));
+    succeed(&container.runtime(&update));
     assert_eq!(systemd.property(UNIT, cpu), more);
     // What systemd is told it keeps.
     systemd.shell("systemctl daemon-reload");
     assert_eq!(systemd.property(UNIT, cpu), more);
 
-    succeed(&systemd.runtime(&["kill", "one", "KILL"]));
-    succeed(&systemd.runtime(&["delete", "--force", "one"]));
+    succeed(&container.runtime(&["kill", "one", "KILL"]));
+    succeed(&container.runtime(&["delete", "--force", "one"]));
     assert_eq!(
         systemd.shell("systemctl list-units --all --no-legend 'cloison-*'"),
         ""
@@ -305,13 +335,14 @@ fn systemd_makes_a_containers_cgroup_and_sees_it_go() {
 fn a_container_that_is_killed_leaves_no_unit_in_the_way_of_its_successor() {
     let bundle = Bundle::shell("exec tail -f /dev/null")
         .with(|config| config["linux"]["cgroupsPath"] = ":cloison:one".into());
-    let systemd = Systemd::start(bundle);
+    let container = Scoped::new(bundle);
+    let systemd = &container.systemd;
     for _ in 0..2 {
-        systemd.create();
+        container.create();
         assert_eq!(systemd.property(UNIT, "Slice"), "system.slice");
         // All of it at once, as an administrator would.
         systemd.shell(&format!("systemctl kill -s KILL {UNIT}"));
-        succeed(&systemd.runtime(&["delete", "--force", "one"]));
+        succeed(&container.runtime(&["delete", "--force", "one"]));
     }
 }
 
@@ -339,4 +370,32 @@ fn without_systemd_or_a_scopes_name_nothing_is_made() {
         &["cannot reach systemd over D-Bus", "cgroupfs"],
     );
     succeed(&nobody(&bundle, &["delete", "--force", "one"]));
+}
+
+#[test]
+fn podman_has_systemd_make_the_cgroups_of_its_containers() {
+    if emulated() {
+        return;
+    }
+    let systemd = Systemd::start();
+    let podman = Podman::behind(systemd.enter(), "systemd");
+    let script = "trap 'exit 4' TERM; echo up; while :; do sleep 0.1; done";
+    succeed(&podman.run(&["-d", "--name", "one", "-m", "64m"], script));
+    let unit = format!("libpod-{}.scope", podman.inspect("one", ".Id"));
+    assert_eq!(systemd.property(&unit, "Slice"), "machine.slice");
+    assert_eq!(systemd.property(&unit, "ActiveState"), "active");
+    let pid = podman.inspect("one", ".State.Pid");
+    let cgroup = systemd.shell(&format!("cat /proc/{pid}/cgroup"));
+    assert!(
+        cgroup.contains(&format!("/machine.slice/{unit}")),
+        "{cgroup}"
+    );
+    let exec = ["exec", "one", "cat", "/sys/fs/cgroup/memory.max"];
+    assert_eq!(podman.say(&exec), "67108864");
+    podman.say(&["stop", "one"]);
+    assert_eq!(podman.inspect("one", ".State.ExitCode"), "4");
+    podman.say(&["start", "one"]);
+    podman.say(&["rm", "-f", "-t", "0", "one"]);
+    let units = "systemctl list-units --all --no-legend 'libpod-*'";
+    assert_eq!(systemd.shell(units), "");
 }
