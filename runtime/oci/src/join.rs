@@ -24,7 +24,7 @@ pub async fn run(
     container: &Container,
     record: &Record,
     channel: UnixStream,
-    made: &mut bool,
+    verb: &mut Option<UnixStream>,
 ) -> Result<ExitStatus> {
     let mut signals = Signals::of_a_stand_in()?;
     let mut channel = ProcessEnd::new(channel)?;
@@ -50,7 +50,7 @@ pub async fn run(
             &mut channel,
         )
         .await?;
-    *made = true;
+    *verb = None;
     let lived = ready
         .stand_in(&agent, wiring, &mut channel, &mut signals)
         .await;

@@ -8,6 +8,7 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -19,11 +20,12 @@ use cloison_agent_api::TEMPLATE_NIC_SLOTS;
 use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, BindOptions, Error, ExitStatus, HostCgroup, HostLimits, Joined, MonitorLock, Network,
-    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View, Wiring, enter_private_namespace,
-    loopback_resolver,
+    Attached, BindOptions, CgroupPlace, Error, ExitStatus, HostCgroup, HostLimits, Joined,
+    MonitorLock, Network, Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View,
+    Wiring, enter_private_namespace, loopback_resolver,
 };
 use cloison_vmm::{ControlClient, VmSpec};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::{Hook, Spec};
 use tokio::sync::oneshot;
 
@@ -36,7 +38,7 @@ use crate::pod::Membership;
 use crate::rendezvous::Rendezvous;
 use crate::standin::{self, Sizes};
 use crate::translate::{Plan, Socket};
-use crate::{hooks, join, runtime};
+use crate::{NAME, hooks, join, runtime};
 
 /// Status of a container whose VM was lost: nobody knows its own.
 const LOST: u8 = 255;
@@ -107,28 +109,73 @@ type Request = (View, oneshot::Sender<Result<(), Error>>);
 
 /// The monitor's whole life, and its exit status.
 pub fn serve(job: Job, channel: UnixStream) -> u8 {
-    let log = job.log.clone();
-    let early = channel.try_clone();
-    let mut made = false;
-    match live(job, channel, &mut made) {
-        Ok(status) => status.code,
-        Err(error) => {
-            // Whoever waits for the container to be made tells of this; later on there is only the log.
-            if made {
-                log.error(&error);
-            } else if let Ok(channel) = early {
-                let _ = channel.set_nonblocking(false);
-                let _ = channel::tell(&channel, &Report::Failed(format!("{error:#}")));
+    let mut told = Told {
+        log: job.log.clone(),
+        verb: channel.try_clone().ok(),
+        stderr: None,
+    };
+    let begun = begin(job, channel, &mut told);
+    let ended = begun.and_then(|begun| begun.live(&mut told));
+    ended.unwrap_or_else(|error| told.of(&error))
+}
+
+/// Who is told when the container comes to a bad end.
+struct Told {
+    log: Log,
+    /// The verb, which waits for the container to be made; later on there are only logs.
+    verb: Option<UnixStream>,
+    /// The container's standard error, which is what people look at, if it is not a terminal, whose screen is the container's.
+    stderr: Option<OwnedFd>,
+}
+
+impl Told {
+    /// The monitor's status then. To be called where the host's files are.
+    fn of(&self, error: &anyhow::Error) -> u8 {
+        if let Some(verb) = &self.verb {
+            let _ = verb.set_nonblocking(false);
+            let _ = channel::tell(verb, &Report::Failed(format!("{error:#}")));
+        } else {
+            self.log.error(error);
+            if let Some(stderr) = &self.stderr {
+                say(stderr, &format!("{error:#}"));
             }
-            LOST
         }
+        LOST
     }
 }
 
-fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
+/// Most of what is said at the end: what a pipe has room for if it is writable at all (pipe(7)).
+const LAST_WORDS: usize = 4096;
+
+/// Says in a container's standard error what no process of its could say. Whoever does not read it misses it.
+fn say(stderr: &OwnedFd, message: &str) {
+    let message = format!("{NAME}: {message}\n");
+    let mut message = message.as_bytes();
+    if message.len() > LAST_WORDS {
+        message = &message[..LAST_WORDS];
+    }
+    let mut writable = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    if let Ok(1) = poll(&mut writable, PollTimeout::ZERO) {
+        let _ = nix::unistd::write(stderr, message);
+    }
+}
+
+/// A container whose namespaces and files on the host are there, and this process in them.
+struct Begun {
+    container: Container,
+    record: Record,
+    place: Place,
+    ready: Ready,
+    channel: UnixStream,
+    cgroup: CgroupPlace,
+    requests: mpsc::Receiver<Request>,
+    _lock: MonitorLock,
+}
+
+fn begin(job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
     let container = job.container.clone();
     let stdio = take_stdio()?;
-    let _lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
+    let lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
     let cgroup = job.plan.cgroup.clone();
     job.plan.network.enter()?;
     // All that the caller has named by its path is where the caller is.
@@ -152,7 +199,8 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
         (Some(_), None) => (inherited_streams(&stdio, true)?, Sizes::Inherited(stdio)),
         (None, None) => {
             let streams = inherited_streams(&stdio, false)?;
-            drop(stdio);
+            let [_, _, stderr] = stdio;
+            told.stderr = Some(stderr);
             (streams, Sizes::None)
         }
     };
@@ -183,33 +231,67 @@ fn live(job: Job, channel: UnixStream, made: &mut bool) -> Result<ExitStatus> {
     };
     let mut record = job.record;
     record.pid = std::process::id().cast_signed();
-    let lives = move || {
-        let ended = runtime()?.block_on(async {
-            match job.place {
-                Place::Own(vm) => ready.run(vm, &container, &record, channel, made).await,
-                Place::In(membership) => {
-                    join::run(ready, &membership, &container, &record, channel, made).await
-                }
-            }
-        })?;
-        if ended.oom_killed
-            && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
-        {
-            job.log.warn(format!("{:#}", anyhow::Error::from(error)));
-        }
-        Ok(ended)
-    };
-    std::thread::scope(|scope| {
-        let life = std::thread::Builder::new()
-            .spawn_scoped(scope, lives)
-            .context("cannot start a thread")?;
-        for (view, answer) in requests {
-            // Nobody listens when the VM has ended meanwhile.
-            let _ = answer.send(view.enter());
-        }
-        life.join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    Ok(Begun {
+        container,
+        record,
+        place: job.place,
+        ready,
+        channel,
+        cgroup,
+        requests,
+        _lock: lock,
     })
+}
+
+impl Begun {
+    /// Has another thread do all that is to be done.
+    fn live(self, told: &mut Told) -> Result<u8> {
+        let Self {
+            container,
+            record,
+            place,
+            ready,
+            channel,
+            cgroup,
+            requests,
+            _lock,
+        } = self;
+        let life = move || {
+            let log = ready.log.clone();
+            let lived = runtime().and_then(|runtime| {
+                let verb = &mut told.verb;
+                runtime.block_on(async {
+                    match place {
+                        Place::Own(vm) => ready.run(vm, &container, &record, channel, verb).await,
+                        Place::In(membership) => {
+                            join::run(ready, &membership, &container, &record, channel, verb).await
+                        }
+                    }
+                })
+            });
+            let ended = match lived {
+                Ok(ended) => ended,
+                Err(error) => return told.of(&error),
+            };
+            if ended.oom_killed
+                && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
+            {
+                log.warn(format!("{:#}", anyhow::Error::from(error)));
+            }
+            ended.code
+        };
+        std::thread::scope(|scope| {
+            let life = std::thread::Builder::new()
+                .spawn_scoped(scope, life)
+                .context("cannot start a thread")?;
+            for (view, answer) in requests {
+                // Nobody listens when the VM has ended meanwhile.
+                let _ = answer.send(view.enter());
+            }
+            let ended = life.join();
+            Ok(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })
+    }
 }
 
 impl Ready {
@@ -219,7 +301,7 @@ impl Ready {
         container: &Container,
         record: &Record,
         channel: UnixStream,
-        made: &mut bool,
+        verb: &mut Option<UnixStream>,
     ) -> Result<ExitStatus> {
         let mut signals = Signals::of_a_stand_in()?;
         let mut channel = ProcessEnd::new(channel)?;
@@ -246,7 +328,7 @@ impl Ready {
                 let rendezvous = Rendezvous::at(&container.dir())?;
                 self.make(&agent, &wiring, None, container, record, &mut channel)
                     .await?;
-                *made = true;
+                *verb = None;
                 let followed = async {
                     // A container outlives the end of its network.
                     let Err(error) = self

@@ -127,11 +127,9 @@ pub enum Error {
         source: Box<Error>,
     },
     /// The VM ended.
-    #[error("the VM has ended: {reason}: {message}{}", tail(log))]
+    #[error("the VM has ended: {message}{}", tail(log))]
     Ended {
-        /// Reason in words.
-        reason: String,
-        /// More of it.
+        /// Why.
         message: String,
         /// Last lines of the guest kernel's log; may be empty.
         log: String,

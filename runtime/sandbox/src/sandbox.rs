@@ -466,23 +466,8 @@ impl Running {
 impl From<End> for Error {
     fn from(end: End) -> Self {
         Self::Ended {
-            reason: reason_in_words(end.reason).into(),
             message: end.message,
             log: end.kernel_log_tail,
         }
-    }
-}
-
-fn reason_in_words(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Shutdown => "the guest shut down",
-        EndReason::Killed => "it was killed",
-        EndReason::OwnerGone => "the process that started it is gone",
-        EndReason::GuestPanic => "the guest's kernel panicked",
-        EndReason::GuestReset => "the guest reset itself",
-        EndReason::TripleFault => "the guest's processor gave up",
-        EndReason::KvmInternalError => "KVM could not go on with the guest",
-        EndReason::EngineFailed => "its engine failed",
-        EndReason::ProcessKilled => "its process was killed from outside",
     }
 }

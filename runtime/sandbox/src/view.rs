@@ -57,8 +57,7 @@ impl View {
             .map(|(at, source)| Ok((at, source.as_deref().map(open).transpose()?)))
             .collect();
         let mounts = mounts?;
-        enter_root(&self.rootfs)
-            .map_err(Error::path("make a root for others of", &self.rootfs))?;
+        enter_root(&self.rootfs).map_err(Error::path("make a root for others of", &self.rootfs))?;
         for (at, source) in mounts {
             let at = match fs::canonicalize(&at) {
                 // It is in a file system of the guest's.
