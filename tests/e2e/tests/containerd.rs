@@ -73,7 +73,8 @@ fn containerds_shim_for_runc_drives_the_runtime() {
         fs::read_to_string("/proc/sys/kernel/osrelease").unwrap()
     );
 
-    succeed(&run("two", &["-d"], &["sleep", "1000"]));
+    let script = "trap 'exit 4' TERM; while :; do sleep 0.1; done";
+    succeed(&run("two", &["-d"], &["sh", "-c", script]));
     let exec = containerd.ctr(&[
         "task",
         "exec",
@@ -93,8 +94,28 @@ fn containerds_shim_for_runc_drives_the_runtime() {
         tasks.contains("two") && tasks.contains("RUNNING"),
         "{tasks}"
     );
+    let status = || {
+        let tasks = succeed(&containerd.ctr(&["task", "ls"]));
+        let two = tasks.lines().find(|line| line.starts_with("two "));
+        two.unwrap().split_whitespace().last().unwrap().to_owned()
+    };
     succeed(&containerd.ctr(&["task", "pause", "two"]));
+    assert_eq!(status(), "PAUSED");
     succeed(&containerd.ctr(&["task", "resume", "two"]));
-    succeed(&containerd.ctr(&["task", "rm", "-f", "two"]));
+    assert_eq!(status(), "RUNNING");
+    let metrics = succeed(&containerd.ctr(&["task", "metrics", "--format", "json", "two"]));
+    let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+    assert!(
+        metrics["pids"]["current"].as_u64().unwrap() > 0,
+        "{metrics}"
+    );
+    succeed(&containerd.ctr(&["task", "kill", "--signal", "SIGTERM", "two"]));
+    while status() != "STOPPED" {}
+    let removed = containerd.ctr(&["task", "rm", "two"]);
+    let said = text(&removed.stderr);
+    assert!(
+        removed.status.success() && said.contains("exit code 4"),
+        "{said}"
+    );
     succeed(&containerd.ctr(&["container", "rm", "two"]));
 }

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
+use serde_json::json;
+
 use crate::dockerd::Daemon;
 use crate::host::{engine, fail, succeed, text};
 use crate::pty::Terminal;
@@ -179,6 +181,33 @@ fn options_of_processes_and_mounts_hold() {
 }
 
 #[test]
+fn limits_of_processes_and_of_system_calls_hold() {
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let none = ["--network", "none"];
+    let script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 1000 & done; ps | grep -c ' sleep 1000$'";
+    let many = docker.run(
+        &[&none[..], &["--pids-limit", "5"]].concat(),
+        &["sh", "-c", script],
+    );
+    assert!(text(&many.stderr).contains("fork"), "{many:?}");
+    assert_eq!(docker.shell(&none, script), "9\n");
+
+    let profile = docker.path("seccomp.json");
+    let rule = json!({ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" });
+    let rules = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule] });
+    fs::write(&profile, rules.to_string()).unwrap();
+    let seccomp = format!("seccomp={}", profile.display());
+    let options = [&none[..], &["--security-opt", &seccomp]].concat();
+    let script = "touch /file && mkdir /dir 2>&1 || true";
+    let refused = "mkdir: can't create directory '/dir': Operation not permitted\n";
+    assert_eq!(docker.shell(&options, script), refused);
+    let options = [&none[..], &["--security-opt", "seccomp=unconfined"]].concat();
+    assert_eq!(docker.shell(&options, script), "");
+}
+
+#[test]
 fn a_container_that_takes_too_much_memory_is_said_to_have() {
     let Some(docker) = Daemon::shared() else {
         return;
@@ -221,8 +250,9 @@ fn a_person_works_at_a_terminal_in_a_container_and_in_an_exec() {
     ];
     let mut terminal = Terminal::start(docker.command(&args), 81, 25);
     terminal.expect("# ");
-    terminal.type_("stty size\r");
-    terminal.expect("25 81");
+    // docker tells of the size when the container has started.
+    terminal.type_("until [ \"$(stty size 2>&1)\" = '25 81' ]; do sleep 0.1; done; echo siz''ed\r");
+    terminal.expect("sized");
     terminal.resize(100, 30);
     terminal.type_("until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo resize''d\r");
     terminal.expect("resized");

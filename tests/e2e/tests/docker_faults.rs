@@ -195,6 +195,24 @@ fn a_guest_whose_kernel_panics_is_a_container_that_failed_with_its_last_words() 
 }
 
 #[test]
+fn a_guest_whose_kernel_panics_later_is_a_container_that_failed_with_its_last_words_in_its_log() {
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let script = "echo up; echo 2 >/proc/sys/vm/panic_on_oom; exec tail /dev/zero";
+    docker.detached("panics", &["--privileged", "-m", "32m"], script);
+    assert_eq!(docker.say(&["wait", "panics"]), "255");
+    let logs = docker.docker(&["logs", "panics"]);
+    assert_eq!(text(&logs.stdout), "up\n");
+    let said = text(&logs.stderr);
+    assert!(
+        said.contains("kernel panicked") && said.contains("panic_on_oom"),
+        "{said}"
+    );
+    remove(&docker, "panics", &docker.inspect("panics", ".Id"));
+}
+
+#[test]
 fn a_host_that_cannot_give_a_vm_its_memory_says_so() {
     let Some((docker, _dir)) = broken(|_| "ulimit -v 900000".into()) else {
         return;

@@ -43,6 +43,40 @@ fn containers_find_each_other_by_name_and_by_link() {
 }
 
 #[test]
+fn a_published_port_leads_to_a_container_and_its_health_is_watched() {
+    let Some(docker) = Daemon::shared() else {
+        return;
+    };
+    let publish = ["-p", "127.0.0.1:8081:80"];
+    let health = [
+        "--health-cmd",
+        "! test -e /sick",
+        "--health-interval",
+        "1s",
+        "--health-retries",
+        "1",
+    ];
+    docker.detached("public", &[&publish[..], &health].concat(), SERVE);
+    assert_eq!(docker.say(&["port", "public", "80"]), "127.0.0.1:8081");
+    let ask = "until wget -qO- http://127.0.0.1:8081/; do :; done";
+    let host = ["run", "--rm", "--runtime", "runc", "--network", "host"];
+    let asked = docker.say(&[&host[..], &["busybox", "sh", "-c", ask]].concat());
+    assert_eq!(asked, "answer");
+    docker.until_events(1, &["event=health_status: healthy", "container=public"]);
+    docker.say(&["exec", "public", "touch", "/sick"]);
+    docker.until_events(1, &["event=health_status: unhealthy", "container=public"]);
+    docker.say(&["rm", "-f", "public"]);
+    let freed = docker.docker(
+        &[
+            &host[..],
+            &["busybox", "wget", "-qO-", "http://127.0.0.1:8081/"],
+        ]
+        .concat(),
+    );
+    assert!(!freed.status.success());
+}
+
+#[test]
 fn containers_are_restarted_as_their_policies_say() {
     let Some(docker) = Daemon::shared() else {
         return;

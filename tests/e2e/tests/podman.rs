@@ -410,6 +410,9 @@ fn failures(podman: &Podman) {
     assert_eq!(oom.status.code(), Some(137), "{}", text(&oom.stderr));
     assert_eq!(podman.inspect("oom", ".State.OOMKilled"), "true");
     podman.say(&["rm", "oom"]);
+    let script = "echo 2 >/proc/sys/vm/panic_on_oom; exec tail /dev/zero";
+    let panic = podman.run(&["--rm", "--privileged", "-m", "32m"], script);
+    fail(&panic, 255, &["kernel panicked", "panic_on_oom"]);
 }
 
 /// Interfaces, a server of names, published ports.
@@ -483,6 +486,12 @@ fn pod(podman: &Podman) {
     );
     assert_eq!(succeed(&podman.podman(&["logs", "web"])), "serving\n");
     assert_eq!(succeed(&podman.podman(&["logs", "side"])), "beside\n");
+
+    let file = podman.path("file");
+    fs::write(&file, "copied\n").unwrap();
+    podman.say(&["cp", file.to_str().unwrap(), "side:/tmp/file"]);
+    let until_there = "until cat /tmp/file 2>/dev/null; do :; done";
+    assert_eq!(podman.shell("side", until_there), "copied\n");
 
     let options = ["run", "--rm", "-t", "--pod", "pod"];
     let terminal = podman.podman(&[&options[..], &LIMITS, &["localhost/busybox", "tty"]].concat());
