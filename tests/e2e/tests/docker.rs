@@ -253,9 +253,6 @@ fn a_person_works_at_a_terminal_in_a_container_and_in_an_exec() {
     // docker tells of the size when the container has started.
     terminal.type_("until [ \"$(stty size 2>&1)\" = '25 81' ]; do sleep 0.1; done; echo siz''ed\r");
     terminal.expect("sized");
-    terminal.resize(100, 30);
-    terminal.type_("until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo resize''d\r");
-    terminal.expect("resized");
     let exec = docker.command(&[
         "exec",
         "-it",
@@ -269,6 +266,9 @@ fn a_person_works_at_a_terminal_in_a_container_and_in_an_exec() {
     exec.type_("hello\r");
     exec.expect("got hello");
     assert_eq!(exec.child.wait().unwrap().code(), Some(0));
+    terminal.resize(100, 30);
+    terminal.type_("until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo resize''d\r");
+    terminal.expect("resized");
     terminal.type_("exit 3\r");
     assert_eq!(terminal.child.wait().unwrap().code(), Some(3));
     succeed(&docker.docker(&["rm", "tty"]));

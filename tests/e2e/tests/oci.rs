@@ -1,8 +1,8 @@
 //! `cloison-runtime` as a caller of runc drives it: a bundle made by hand, runc's verbs, flags, files and messages.
 
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -680,6 +680,41 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
     fail(&fds, 1, &["--preserve-fds"]);
     fail(&bundle.run(&["checkpoint", "one"]), 1, &["not supported"]);
     succeed(&bundle.run(&["checkpoint", "--help"]));
+}
+
+#[test]
+fn the_mount_namespace_of_the_pid_has_the_containers_files_and_nothing_of_the_host() {
+    let bundle = Bundle::shell("echo made >/made; exec tail -f /dev/null");
+    let volume = bundle.host.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("file"), "of the host\n").unwrap();
+    let bundle = bundle.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/v", "type": "bind", "source": volume, "options": ["rbind", "ro"] }));
+    });
+    let pid = bundle.create_and_start();
+    let until_made = ["exec", "one", "sh", "-c", "until [ -s /made ]; do :; done"];
+    succeed(&bundle.run(&until_made));
+    // Of the first thread, whose namespaces are those of the pid.
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let identity = |path: &Path| fs::metadata(path).map(|found| found.ino()).unwrap();
+    assert_eq!(identity(&root), identity(&bundle.dir().join("rootfs")));
+    let read = |name: &str| fs::read_to_string(root.join(name)).unwrap();
+    assert_eq!(
+        (read("made").as_str(), read("v/file").as_str()),
+        ("made\n", "of the host\n")
+    );
+    let list = |name: &str| fs::read_dir(root.join(name)).unwrap().count();
+    assert_eq!((list("proc"), list("dev")), (0, 0));
+    for place in ["v/new", "proc/new", "dev/new"] {
+        let error = fs::write(root.join(place), "").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ReadOnlyFilesystem, "{place}");
+    }
+    fs::write(root.join("given"), "given\n").unwrap();
+    let until_given = "until cat /given 2>/dev/null; do :; done";
+    let given = bundle.run(&["exec", "one", "sh", "-c", until_given]);
+    assert_eq!(succeed(&given), "given\n");
+    succeed(&bundle.run(&["delete", "--force", "one"]));
 }
 
 #[test]
