@@ -20,9 +20,9 @@ use cloison_agent_api::TEMPLATE_NIC_SLOTS;
 use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, BindOptions, CgroupPlace, Error, ExitStatus, HostCgroup, HostLimits, Joined,
-    MonitorLock, Network, Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View,
-    Wiring, enter_private_namespace, loopback_resolver,
+    Attached, BindOptions, Error, ExitStatus, HostCgroup, HostLimits, Joined, MonitorLock, Network,
+    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View, Wiring,
+    enter_private_namespace, loopback_resolver,
 };
 use cloison_vmm::{ControlClient, VmSpec};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -167,7 +167,7 @@ struct Begun {
     place: Place,
     ready: Ready,
     channel: UnixStream,
-    cgroup: CgroupPlace,
+    cgroup: HostCgroup,
     requests: mpsc::Receiver<Request>,
     _lock: MonitorLock,
 }
@@ -176,7 +176,8 @@ fn begin(job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
     let container = job.container.clone();
     let stdio = take_stdio()?;
     let lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
-    let cgroup = job.plan.cgroup.clone();
+    // Where cgroups are is asked of the first thread's mounts, so before it has the container's.
+    let cgroup = HostCgroup::at(&job.plan.cgroup)?;
     job.plan.network.enter()?;
     // All that the caller has named by its path is where the caller is.
     let console = match (job.plan.terminal, &job.console_socket) {
@@ -274,7 +275,7 @@ impl Begun {
                 Err(error) => return told.of(&error),
             };
             if ended.oom_killed
-                && let Err(error) = HostCgroup::at(&cgroup).and_then(|cgroup| cgroup.report_oom())
+                && let Err(error) = cgroup.report_oom()
             {
                 log.warn(format!("{:#}", anyhow::Error::from(error)));
             }

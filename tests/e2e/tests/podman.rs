@@ -247,6 +247,7 @@ fn podman_5_runs_changes_and_stops_containers() {
     options(&podman);
     failures(&podman);
     networks(&podman);
+    builds(&podman);
     assert_eq!(podman.left(), Vec::<String>::new());
 }
 
@@ -437,6 +438,25 @@ fn networks(podman: &Podman) {
     assert_eq!(succeed(&asked), "answer\n");
     podman.say(&["rm", "-f", "-t", "0", "server"]);
     podman.say(&["network", "rm", "names"]);
+}
+
+/// Every RUN is a container in a VM.
+fn builds(podman: &Podman) {
+    let dir = podman.path("context");
+    fs::create_dir(&dir).unwrap();
+    let build = |run: &str| {
+        let file = format!("FROM localhost/busybox\nRUN {run}\nCMD cat /kernel\n");
+        fs::write(dir.join("Dockerfile"), file).unwrap();
+        let options = ["build", "--network", "none", "-t", "built"];
+        podman.podman(&[&options[..], &[dir.to_str().unwrap()]].concat())
+    };
+    succeed(&build("uname -r >/kernel"));
+    let kernel = podman.say(&["run", "--rm", "--network", "none", "localhost/built"]);
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_ne!(kernel, host.trim());
+    let failing = build("echo why >&2; exit 3");
+    assert_eq!(failing.status.code(), Some(3), "{}", text(&failing.stderr));
+    assert!(text(&failing.stderr).contains("why"));
 }
 
 #[test]
