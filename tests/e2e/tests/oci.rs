@@ -1,7 +1,7 @@
 //! `cloison-runtime` as a caller of runc drives it: a bundle made by hand, runc's verbs, flags, files and messages.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
