@@ -169,7 +169,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         spec,
         hooks: host_hooks,
     };
-    let charged = begun.charge(&mut verb, &child, &limits);
+    let charged = begun.charge(&mut verb, &child, &limits, log);
     let followed = charged.and_then(|()| begun.run_hooks(&mut verb));
     // The guest boots meanwhile.
     drop(left_of_probing);
@@ -201,9 +201,23 @@ struct Begun {
 
 impl Begun {
     /// Puts the monitor, which is on its way, and so the VM into the container's cgroup. That is the verb's work because it is mostly waiting.
-    fn charge(&self, verb: &mut VerbEnd, child: &Child, limits: &HostLimits) -> Result<()> {
-        let charged =
-            HostCgroup::at(&self.record.cgroup).and_then(|cgroup| cgroup.create(limits, child.pid));
+    fn charge(
+        &self,
+        verb: &mut VerbEnd,
+        child: &Child,
+        limits: &HostLimits,
+        log: &Log,
+    ) -> Result<()> {
+        let charged = HostCgroup::at(&self.record.cgroup).and_then(|cgroup| {
+            // They share its limits, and end with the container. In runc's words, which are looked for.
+            let others = cgroup.pids().len();
+            if others > 0 {
+                log.warn(format!(
+                    "container's cgroup is not empty: {others} process(es) found"
+                ));
+            }
+            cgroup.create(limits, child.pid)
+        });
         if let Err(error) = charged {
             // A monitor that has failed cannot be moved, and says itself why.
             verb.expect_ready()?;

@@ -88,7 +88,7 @@ fn stats(id: &str, usage: &Usage) -> Result<String> {
                 "swap": { "limit": 0, "failcnt": 0 },
                 "kernel": { "limit": 0, "failcnt": 0 },
                 "kernelTCP": { "limit": 0, "failcnt": 0 },
-                "raw": { "inactive_file": usage.memory_inactive_file_bytes, "oom_kill": usage.oom_kills },
+                "raw": { "inactive_file": usage.memory_inactive_file_bytes },
             },
             "pids": { "current": usage.pids },
             "blkio": {},

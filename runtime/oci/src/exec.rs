@@ -43,6 +43,9 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
     match status {
         Status::Stopped => bail!("cannot exec in a stopped container"),
         Status::Creating => bail!("cannot exec in a container that is being created"),
+        Status::Paused if args.ignore_paused => {
+            bail!("--ignore-paused is not supported: use resume first")
+        }
         Status::Paused => bail!("cannot exec in a paused container (use resume first)"),
         Status::Created | Status::Running => {}
     }
