@@ -47,8 +47,9 @@ const LOST: u8 = 255;
 const NICS: usize = TEMPLATE_NIC_SLOTS.len();
 
 /// What containers in the VM of one that has ended are given to end by themselves: when all are told to stop at once, as podman does with a
-/// pod, the first one must not take the others' time. It is what docker and podman give by default.
-const GRACE: Duration = Duration::from_secs(10);
+/// pod, the first one must not take the others' time. By default docker and podman wait for 10 s, and docker calls it a failure when a container
+/// that it has killed is there for longer than that; so the VM is to be gone by then.
+const GRACE: Duration = Duration::from_secs(8);
 
 const NO_NETWORK: &str = "cannot connect the container to its network";
 
