@@ -1,15 +1,17 @@
-//! The guest kernel's console (virtio 1.3 §5.3): one port, from the guest to the host. What the guest writes goes to a function;
-//! nothing is ever sent to the guest. The device keeps none of it, so that a flood costs time but no memory.
+//! The guest kernel's console (virtio 1.3 §5.3): one port. What the guest writes goes to a function; the device keeps none of it, so that a
+//! flood costs time but no memory. What is sent to the guest is what the host has said before: a line, if anything.
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use crate::Device;
-use crate::chains::Chain;
+use crate::chains::{self, Chain};
+use crate::{Broken, Context, Device, QueueMask};
 use crate::requests::{Common, Requests};
 
+/// Port 0's queue to the guest (§5.3.2).
+const TO_GUEST: usize = 0;
 /// The kernel writes a line at a time and waits for it, so more would lie idle.
 const QUEUE_SIZE: u16 = 16;
 /// Bytes copied out of guest memory at once.
@@ -39,6 +41,8 @@ pub struct ConsoleState {
 /// The console.
 pub struct Console {
     sink: Sink,
+    /// What the guest has yet to be sent.
+    line: Vec<u8>,
     common: Common,
 }
 
@@ -50,8 +54,14 @@ impl Console {
     pub fn new(sink: Sink) -> Result<Self, Errno> {
         Ok(Self {
             sink,
+            line: Vec::new(),
             common: Common::new()?,
         })
+    }
+
+    /// Has the guest read `line`, once it has made room for it in the queue and said so.
+    pub fn say(&mut self, line: &[u8]) {
+        self.line.extend_from_slice(line);
     }
 
     /// The state from which [`Console::restore`] makes the same device.
@@ -101,6 +111,20 @@ fn pass_on(memory: &GuestMemoryMmap, chain: Chain<'_>, sink: &mut Sink) {
     }
 }
 
+/// Moves as much of `line` as there is room for to what is writable of `chain`; answers how much that was.
+fn send(memory: &GuestMemoryMmap, chain: Chain<'_>, line: &mut Vec<u8>) -> u32 {
+    let mut sent = 0;
+    for descriptor in chain.writable() {
+        let piece = &line[sent..line.len().min(sent + descriptor.len() as usize)];
+        if piece.is_empty() || memory.write_slice(piece, descriptor.addr()).is_err() {
+            break;
+        }
+        sent += piece.len();
+    }
+    line.drain(..sent);
+    sent as u32
+}
+
 impl Requests for Console {
     const NAME: &'static str = "console";
     const ID: u32 = VIRTIO_ID_CONSOLE;
@@ -115,6 +139,25 @@ impl Requests for Console {
 
     fn common_mut(&mut self) -> &mut Common {
         &mut self.common
+    }
+
+    fn other_event(
+        &mut self,
+        ctx: &mut Context<'_, '_>,
+        index: usize,
+    ) -> Result<QueueMask, Broken> {
+        if index != TO_GUEST || self.line.is_empty() {
+            return Ok(QueueMask::NONE);
+        }
+        let Some(chain) = chains::next(Self::NAME, ctx, index)? else {
+            return Ok(QueueMask::NONE);
+        };
+        let head = chain.head_index();
+        let sent = send(ctx.memory, chain, &mut self.line);
+        chains::give_back(Self::NAME, ctx, index, head, sent)?;
+        let mut used = QueueMask::NONE;
+        used.insert(index);
+        Ok(used)
     }
 
     // Neither a size nor more ports are offered (§5.3.3), so that all of the configuration space reads as zero.

@@ -41,7 +41,7 @@ pub(crate) trait Requests: Send {
     const ID: u32;
     /// The largest size of each queue.
     const QUEUE_SIZES: &'static [u16];
-    /// The queue with the requests; what is in others is left there.
+    /// The queue with the requests.
     const QUEUE: usize = 0;
     /// Most requests answered in one call.
     const BATCH: usize;
@@ -62,6 +62,18 @@ pub(crate) trait Requests: Send {
 
     /// Does what the chain asks for, and says how many bytes were written to it.
     fn answer<'m>(&mut self, memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> u32;
+
+    /// As [`Device::queue_event`] for the queues that are not for requests; what is in them is left there unless said otherwise.
+    ///
+    /// # Errors
+    /// [`Broken`] when the guest broke the protocol.
+    fn other_event(
+        &mut self,
+        _ctx: &mut Context<'_, '_>,
+        _index: usize,
+    ) -> Result<QueueMask, Broken> {
+        Ok(QueueMask::NONE)
+    }
 
     /// Answers the next requests.
     fn answer_all(&mut self, ctx: &mut Context<'_, '_>) -> Result<QueueMask, Broken> {
@@ -102,7 +114,7 @@ impl<T: Requests> Device for T {
         if index == Self::QUEUE {
             self.answer_all(ctx)
         } else {
-            Ok(QueueMask::NONE)
+            self.other_event(ctx, index)
         }
     }
 

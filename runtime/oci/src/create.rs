@@ -45,7 +45,7 @@ fn own_vm(home: &Home, args: &Create, plan: &Plan, engine: Engine) -> Result<VmS
         initramfs: parts.initramfs()?,
         cmdline: String::new(),
         qemu: parts.qemu(),
-        template: (engine == Engine::Software && wants_template()).then(|| home.template()),
+        template: wants_template().then(|| home.template()),
     };
     vm.validate()
         .context("cannot make a VM for this container")?;

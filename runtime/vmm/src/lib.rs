@@ -19,6 +19,7 @@ mod software;
 mod spec;
 mod stop;
 mod sys;
+mod template;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod timeline;

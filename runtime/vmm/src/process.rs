@@ -21,11 +21,11 @@ use crate::devices::{Devices, DevicesError, make_devices};
 use crate::end::{self, End, EndReason};
 use crate::handoff::{self, Handoff};
 use crate::kernel_log::KernelLog;
-use crate::kvm::{KvmError, KvmMachine};
+use crate::kvm::{self, KvmError};
 use crate::lock_in::lock_in;
 use crate::machine::{Machine, Watch};
 use crate::nic::Plugged;
-use crate::software::{self, SoftwareError, Started};
+use crate::software::{self, SoftwareError};
 use crate::spec::{Engine, VmSpec};
 use crate::stop::{Stop, Verdict, chain, panic_text};
 use crate::timeline::{Timeline, monotonic};
@@ -176,31 +176,20 @@ fn start(
     match spec.engine {
         Engine::Software => {
             let nics: Vec<_> = devices.nics.iter().map(Net::mac).collect();
-            let Started {
-                mut qemu,
-                sockets,
-                origin,
-                made,
-            } = software::start(spec, &nics, log, stop)?;
+            let begun = software::start(spec, &nics, log, stop)?;
             lock_in()?;
-            let timeline = Timeline {
-                guest: monotonic(),
-                origin,
-                template: made,
-                ..Timeline::default()
-            };
+            let timeline = begun.timeline();
+            let (mut qemu, sockets) = begun.guest;
             qemu.serve(devices, sockets)?;
             Ok((Box::new(qemu), timeline))
         }
         Engine::Kvm => {
-            let mut kvm = KvmMachine::new(spec, devices, log.clone(), stop.clone())?;
+            let begun = kvm::start(spec, devices.nics.len(), log, stop)?;
             lock_in()?;
-            let timeline = Timeline {
-                guest: monotonic(),
-                ..Timeline::default()
-            };
-            kvm.start()?;
-            Ok((Box::new(kvm), timeline))
+            let timeline = begun.timeline();
+            let mut machine = begun.guest;
+            machine.serve(devices)?;
+            Ok((Box::new(machine), timeline))
         }
     }
 }

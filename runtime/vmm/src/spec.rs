@@ -49,7 +49,7 @@ pub struct VmSpec {
     pub cmdline: String,
     /// QEMU's executable, for [`Engine::Software`].
     pub qemu: PathBuf,
-    /// Starts the guest from a template, which is made if there is none; for [`Engine::Software`].
+    /// Starts the guest from a template, which is made if there is none.
     pub template: Option<Template>,
 }
 
@@ -106,9 +106,6 @@ pub enum SpecError {
     /// A command line the kernel would cut or misread.
     #[error("the kernel command line has a control character in it, or more than {max} bytes", max = VmSpec::MAX_CMDLINE)]
     Cmdline,
-    /// A template on an engine that has none.
-    #[error("the {0} engine starts no VM from a template")]
-    Template(Engine),
 }
 
 impl VmSpec {
@@ -158,9 +155,6 @@ impl VmSpec {
         }
         if self.cmdline.len() > Self::MAX_CMDLINE || self.cmdline.chars().any(char::is_control) {
             return Err(SpecError::Cmdline);
-        }
-        if self.template.is_some() && self.engine != Engine::Software {
-            return Err(SpecError::Template(self.engine));
         }
         if matches!(&self.template, Some(template) if !template.word.chars().all(plain)) {
             return Err(SpecError::Cmdline);

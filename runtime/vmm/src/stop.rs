@@ -69,26 +69,28 @@ impl Stop {
         self.shared.bell.as_fd()
     }
 
-    /// Starts a thread that the VM cannot live without: when it fails or panics, the VM ends.
-    pub(crate) fn spawn<E: std::error::Error>(
+    /// Starts a thread that the VM cannot live without: when it fails or panics, the VM ends, and the thread has nothing to give.
+    pub(crate) fn spawn<T: Send + 'static, E: std::error::Error>(
         &self,
         name: &str,
-        body: impl FnOnce() -> Result<(), E> + Send + 'static,
-    ) -> io::Result<thread::JoinHandle<()>> {
+        body: impl FnOnce() -> Result<T, E> + Send + 'static,
+    ) -> io::Result<thread::JoinHandle<Option<T>>> {
         let stop = self.clone();
         let label = name.to_owned();
         thread::Builder::new()
             .name(label.clone())
             .stack_size(STACK_SIZE)
             .spawn(move || match catch_unwind(AssertUnwindSafe(body)) {
-                Ok(Ok(())) => {}
+                Ok(Ok(result)) => Some(result),
                 Ok(Err(error)) => {
                     let message = format!("the {label} thread failed: {}", chain(&error));
                     stop.stop(EndReason::EngineFailed, message);
+                    None
                 }
                 Err(panic) => {
                     let message = format!("the {label} thread panicked: {}", panic_text(&*panic));
                     stop.stop(EndReason::EngineFailed, message);
+                    None
                 }
             })
     }
@@ -156,7 +158,7 @@ mod tests {
             .join()
             .unwrap();
         assert!(stop.verdict().is_none());
-        let failing = stop.spawn("b", || Err(io::Error::other("no luck")));
+        let failing = stop.spawn("b", || Err::<(), _>(io::Error::other("no luck")));
         failing.unwrap().join().unwrap();
         assert_eq!(
             stop.verdict().unwrap().message,

@@ -127,8 +127,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         initramfs: parts.initramfs()?,
         cmdline: String::new(),
         qemu: parts.qemu(),
-        template: (engine == Engine::Software && args.template == TemplateArg::Auto)
-            .then(|| home.template()),
+        template: (args.template == TemplateArg::Auto).then(|| home.template()),
     };
     vm.validate()
         .context("cannot make a VM for this container")?;

@@ -86,7 +86,41 @@ fn a_buffer_over_the_border_of_two_mappings_is_whole() {
 }
 
 #[test]
-fn nothing_is_ever_sent_to_the_guest() {
+fn a_line_is_sent_once_and_only_where_the_guest_has_made_room() {
+    let mut bench = Bench::new();
+    bench.console.say(b"go on\n");
+    let (first, second) = (bench.guest.alloc(2), bench.guest.alloc(64));
+    let wrong = bench.text(b"not writable");
+    for (buffer, sent) in [
+        (wrong, 0),
+        (writable(Guest::HOLE, 16), 0),
+        (writable(first, 2), 2),
+        (writable(second, 64), 4),
+    ] {
+        bench.guest.place(TO_GUEST, &[buffer]);
+        let used = bench.guest.kick(&mut bench.console, TO_GUEST).unwrap();
+        assert!(used.contains(TO_GUEST));
+        assert_eq!(bench.guest.used(TO_GUEST).unwrap().len, sent);
+    }
+    assert_eq!(bench.guest.read(first, 2), b"go");
+    assert_eq!(bench.guest.read(second, 4), b" on\n");
+    bench.guest.place(TO_GUEST, &[writable(second, 64)]);
+    let used = bench.guest.kick(&mut bench.console, TO_GUEST).unwrap();
+    assert!(used.is_empty() && bench.guest.used(TO_GUEST).is_none());
+    bench.works_after_reset();
+}
+
+#[test]
+fn a_queue_that_cannot_be_breaks_the_device_that_has_a_line_to_send() {
+    let mut bench = Bench::new();
+    bench.console.say(b"line\n");
+    bench.guest.set_avail_idx(TO_GUEST, 0x8000);
+    assert!(bench.guest.kick(&mut bench.console, TO_GUEST).is_err());
+    bench.works_after_reset();
+}
+
+#[test]
+fn nothing_is_sent_to_the_guest_that_nobody_said() {
     let mut bench = Bench::new();
     let address = bench.guest.alloc(4096);
     bench.guest.place(0, &[writable(address, 4096)]);

@@ -70,6 +70,20 @@ impl Bus {
     ) -> Result<usize, KvmError> {
         let empty = self.notifications.iter().position(Option::is_none);
         let slot = empty.ok_or(KvmError::NoSlot)?;
+        self.plug_into(slot, name, device)?;
+        Ok(slot)
+    }
+
+    /// Puts `device` into a slot, which is empty.
+    ///
+    /// # Errors
+    /// As for [`Bus::plug`].
+    pub(super) fn plug_into(
+        &mut self,
+        slot: usize,
+        name: &'static str,
+        device: Box<dyn Device>,
+    ) -> Result<(), KvmError> {
         let worker = match device.device_type() {
             TYPE_BLK | TYPE_FS => &self.files,
             _ => &self.rest,
@@ -95,7 +109,7 @@ impl Bus {
             self.unplug(slot)?;
             return Err(kvm("watch a queue's notification")(error));
         }
-        Ok(slot)
+        Ok(())
     }
 
     /// Takes the device out of `slot`. A guest that still uses it finds that it is gone.

@@ -27,6 +27,9 @@ pub(crate) enum KvmError {
         path: PathBuf,
         source: io::Error,
     },
+    /// A template that is none, or not this guest's.
+    #[error("cannot use the template")]
+    Template(#[source] io::Error),
     /// A kernel that is none.
     #[error("{} is not a kernel that can be started", path.display())]
     Kernel { path: PathBuf, source: KernelError },

@@ -39,23 +39,23 @@ extern "C" fn on_signal(_: libc::c_int) {
 }
 
 /// The right to run a vCPU on this thread; for as long as it lives, a kick reaches the vCPU.
-pub(super) struct Entry {
-    vcpu: VcpuFd,
+pub(super) struct Entry<'a> {
+    vcpu: &'a mut VcpuFd,
 }
 
-impl Entry {
-    pub(super) fn new(mut vcpu: VcpuFd) -> Self {
+impl<'a> Entry<'a> {
+    pub(super) fn new(vcpu: &'a mut VcpuFd) -> Self {
         let byte = &raw mut vcpu.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.set(byte.cast::<AtomicU8>().cast_const());
         Self { vcpu }
     }
 
     pub(super) fn vcpu(&mut self) -> &mut VcpuFd {
-        &mut self.vcpu
+        self.vcpu
     }
 }
 
-impl Drop for Entry {
+impl Drop for Entry<'_> {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.set(null_mut());
     }

@@ -38,6 +38,14 @@ pub(super) const ROOT_SIZE: u64 = SLOTS - ROOT;
 pub(super) const SLOTS: u64 = 0xd000_0000;
 /// Number of slots. Each has an interrupt line of its own from [`FIRST_IRQ`] on.
 pub(super) const SLOT_COUNT: usize = 16;
+/// The slots in which the guest's agent looks for what makes a guest of a template one of its own (cloison_agent_api::TEMPLATE_SLOTS);
+/// network devices come right behind them.
+pub(super) const VSOCK_SLOT: usize = 0;
+pub(super) const FS_SLOT: usize = 1;
+/// How many network devices a guest of a template looks for.
+pub(super) const TEMPLATE_NICS: usize = 3;
+/// The first slot of the devices that every VM has from its first instruction on.
+pub(super) const OWN_SLOTS: usize = FS_SLOT + 1 + TEMPLATE_NICS;
 /// The first interrupt line that no PC device had a claim on.
 pub(super) const FIRST_IRQ: u32 = 5;
 /// Input lines of the I/O APIC that KVM emulates.

@@ -2,26 +2,29 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use cloison_devices::{Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng};
+use cloison_devices::{
+    Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng, Sink,
+};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MP_TABLE, ROOT};
+use super::layout::{FS_SLOT, KVM_IDENTITY_MAP, KVM_TSS, OWN_SLOTS, ROOT, VSOCK_SLOT};
 use super::ports::Ports;
-use super::root::Root;
 use super::run::{self, Machine as Shared};
+use super::start::{Content, Start};
+use super::state::VmState;
 use super::vcpu::{self, Offer};
-use super::{boot, kernel, kick, memory, mptable};
+use super::{image, kick, memory};
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::kernel_log::KernelLog;
@@ -30,37 +33,44 @@ use crate::nic::{self, Nic, Plugged};
 use crate::spec::VmSpec;
 use crate::stop::{Stop, chain};
 
+/// What the agent of a guest that has become a template waits for on its console.
+const GO_ON: &[u8] = b"\n";
+
 /// A virtual machine.
 pub(crate) struct KvmMachine {
     vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    content: Content,
     offer: Offer,
     max_vcpus: u8,
     shared: Arc<Shared>,
     bus: Bus,
     /// Gives the guest memory while it runs, if it may ever have more.
     hot_memory: Option<MemHandle>,
-    /// How many slots, from the first on, have devices that belong to the VM.
-    own_slots: u32,
+    /// The slots with devices that the VM has from its first instruction on.
+    own_slots: Range<usize>,
     /// The slots of network devices.
     nics: Vec<u32>,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
-    vcpus: Vec<JoinHandle<()>>,
+    vcpus: Vec<JoinHandle<Option<VcpuFd>>>,
 }
 
 impl KvmMachine {
-    /// Puts the machine together, up to and not including the guest's first instruction.
-    pub(crate) fn new(
+    /// Puts the machine together with all devices that are the VM's own, up to and not including the guest's first instruction. What the
+    /// guest writes to its console goes to `sink`, and what it writes to its serial line to `log`.
+    pub(super) fn new(
         spec: &VmSpec,
-        devices: Devices,
+        start: &Start<'_>,
+        sink: Sink,
         log: KernelLog,
         stop: Stop,
     ) -> Result<Self, KvmError> {
         let kvm_fd = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
         let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
         let mut memory = memory::reserve(spec.memory_mib)?;
-        let (entry, root) = load(spec, &mut memory)?;
+        let content = start.lay(spec, &mut memory)?;
         let hot = match spec.max_memory_mib - spec.memory_mib {
             0 => None,
             mib => Some(memory::hot_range(&memory, mib)),
@@ -78,23 +88,22 @@ impl KvmMachine {
 
         let vm = Arc::new(vm);
         let mut bus = Bus::new(Arc::clone(&vm), memory.clone())?;
-        let Devices { fs, vsock, nics } = devices;
-        let mut own_slots = 0;
+        let mut own_slots = OWN_SLOTS..OWN_SLOTS;
         let mut own = |bus: &mut Bus, name, device| {
-            own_slots += 1;
-            bus.plug(name, device)
+            own_slots.end += 1;
+            bus.plug_into(own_slots.end - 1, name, device)
         };
-        for (name, device) in boot_devices(fs, vsock, log.clone(), &memory)? {
+        for (name, device) in boot_devices(start, sink, &memory)? {
             own(&mut bus, name, device)?;
         }
-        if let Some((start, length)) = root.mapped() {
+        if let Some((start, length)) = content.root.mapped() {
             let pmem = Pmem::new(start, length).map_err(io::Error::other);
             let pmem = pmem.map_err(system("show the guest its root file system"))?;
             own(&mut bus, "pmem", Box::new(pmem))?;
         }
         let hot_memory = hot
             .map(|(start, length)| {
-                let backing = Box::new(Backing(memory));
+                let backing = Box::new(Backing(memory.clone()));
                 let mem = Mem::new(start, length, backing).map_err(io::Error::other);
                 let mem = mem.map_err(system("make room for more memory"))?;
                 let handle = mem.handle();
@@ -102,13 +111,8 @@ impl KvmMachine {
                 Ok::<_, KvmError>(handle)
             })
             .transpose()?;
-        let nics = nics
-            .into_iter()
-            .map(|net| bus.plug("net", Box::new(net)).map(|slot| slot as u32))
-            .collect::<Result<_, _>>()?;
         let offer = Offer::of(&kvm_fd)?;
         let first = vcpu::create(&vm, &offer, 0, spec.max_vcpus)?;
-        vcpu::point_at(&first, entry)?;
         kick::install().map_err(system("install a signal handler"))?;
         let shared = Arc::new(Shared {
             slots: Arc::clone(bus.slots()),
@@ -117,27 +121,69 @@ impl KvmMachine {
             stop,
             gate: Gate::new(spec.vcpus),
         });
+        match start {
+            Start::Boot(_) => vcpu::point_at(&first, content.entry)?,
+            Start::Load(image) => image.vm().restore(&vm, &first, &bus)?,
+        }
         bus.start(&shared.stop)?;
+        if let Start::Load(image) = start {
+            image.vm().notify(&bus);
+        }
         Ok(Self {
             vm,
+            memory,
+            content,
             offer,
             max_vcpus: spec.max_vcpus,
             shared,
             bus,
             hot_memory,
             own_slots,
-            nics,
+            nics: Vec::new(),
             first: Some(first),
             vcpus: Vec::new(),
         })
     }
 
+    /// Lets the guest run, with these devices.
+    pub(crate) fn serve(&mut self, devices: Devices) -> Result<(), KvmError> {
+        let Devices { fs, vsock, nics } = devices;
+        self.bus.plug_into(VSOCK_SLOT, "vsock", vsock)?;
+        self.bus.plug_into(FS_SLOT, "fs", fs)?;
+        for net in nics {
+            let slot = self.bus.plug("net", Box::new(net))?;
+            self.nics.push(slot as u32);
+        }
+        self.start()
+    }
+
     /// Lets the guest run. The other vCPUs it may have are made while it boots; it asks for them much later.
-    pub(crate) fn start(&mut self) -> Result<(), KvmError> {
+    pub(super) fn start(&mut self) -> Result<(), KvmError> {
         if let Some(first) = self.first.take() {
             self.add(first)?;
         }
         self.make_vcpus(self.shared.gate.allowed())
+    }
+
+    /// Whether [`KvmMachine::save`] can be had of it: what the guest unpacks itself is in no file that others could map.
+    pub(super) fn can_be_saved(&self) -> bool {
+        self.content.root.mapped().is_some()
+    }
+
+    /// Stops the guest for good, and writes a template of it. It has been given nothing yet: no vCPU beyond the first, no memory, no device.
+    pub(super) fn save(mut self, file: &File, mib: u32) -> Result<(), KvmError> {
+        let what = "save the guest";
+        self.shared.gate.pause();
+        self.kick();
+        self.shared.gate.await_outside();
+        self.shared.gate.end();
+        let mut vcpus = self.vcpus.drain(..);
+        let first = vcpus.next().and_then(|thread| thread.join().ok().flatten());
+        let first = first.ok_or_else(|| system(what)(io::ErrorKind::BrokenPipe))?;
+        drop(vcpus);
+        self.bus.end();
+        let state = VmState::save(&self.vm, &first, &self.bus)?;
+        image::write(file, &state, &self.memory, mib, self.content.laid).map_err(system(what))
     }
 
     /// Makes the vCPUs that are missing up to `count`. They wait in KVM until the guest starts them.
@@ -272,10 +318,11 @@ impl Machine for KvmMachine {
     }
 
     fn unplug(&mut self, slot: u32) -> Result<(), String> {
-        if slot < self.own_slots {
+        let index = slot as usize;
+        if [VSOCK_SLOT, FS_SLOT].contains(&index) || self.own_slots.contains(&index) {
             return Err(format!("the device in slot {slot} belongs to the VM"));
         }
-        let unplugged = self.bus.unplug(slot as usize);
+        let unplugged = self.bus.unplug(index);
         unplugged.map_err(|error| chain(&error))?;
         self.nics.retain(|nic| *nic != slot);
         Ok(())
@@ -322,39 +369,8 @@ fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> 
     Ok(())
 }
 
-/// Fills the guest's memory with what it starts from; answers where it starts, and what its root is.
-fn load(spec: &VmSpec, memory: &mut GuestMemoryMmap) -> Result<(u64, Root), KvmError> {
-    let file = |role, path: &Path| File::open(path).map_err(in_file(role, path));
-    let kernel = kernel::load(&file("guest kernel", &spec.kernel)?, memory);
-    let kernel = kernel.map_err(|source| KvmError::Kernel {
-        path: spec.kernel.clone(),
-        source,
-    })?;
-    let (role, path) = ("guest's initramfs", &spec.initramfs);
-    let root = Root::lay(&file(role, path)?, memory, &kernel, spec.memory_mib);
-    let root = root.map_err(in_file(role, path))??;
-    let command_line = boot::command_line(&root, &spec.cmdline)?;
-    boot::write(memory, &command_line, &root)?;
-    let table = mptable::build(spec.max_vcpus);
-    memory
-        .write_slice(&table, GuestAddress(MP_TABLE))
-        .map_err(|source| KvmError::Write {
-            what: "MP table",
-            source,
-        })?;
-    Ok((kernel.entry, root))
-}
-
-fn in_file(role: &'static str, path: &Path) -> impl Fn(io::Error) -> KvmError {
-    move |source| KvmError::File {
-        role,
-        path: path.to_owned(),
-        source,
-    }
-}
-
-/// How many devices every guest has from its start, in the first slots.
-const BOOT_DEVICES: usize = 5;
+/// How many devices every guest has from its first instruction on, beside those of its own.
+const BOOT_DEVICES: usize = 3;
 
 /// A device and its name.
 type Named = (&'static str, Box<dyn Device>);
@@ -373,13 +389,14 @@ fn in_slot(slot: u32) -> Plugged {
 }
 
 fn boot_devices(
-    fs: Box<dyn Device>,
-    vsock: Box<dyn Device>,
-    log: KernelLog,
+    start: &Start<'_>,
+    sink: Sink,
     memory: &GuestMemoryMmap,
 ) -> Result<[Named; BOOT_DEVICES], KvmError> {
-    let console =
-        Console::new(Box::new(move |bytes| log.push(bytes))).map_err(system("make the console"))?;
+    let mut console = Console::new(sink).map_err(system("make the console"))?;
+    if let Start::Load(_) = start {
+        console.say(GO_ON);
+    }
     let rng = Rng::new().map_err(system("make the entropy device"))?;
     // Nobody inflates it; it is there for the pages that the guest reports free.
     let balloon = Balloon::new(Box::new(Backing(memory.clone())));
@@ -387,8 +404,6 @@ fn boot_devices(
     Ok([
         ("console", Box::new(console)),
         ("rng", Box::new(rng)),
-        ("vsock", vsock),
-        ("fs", fs),
         ("balloon", Box::new(balloon)),
     ])
 }

@@ -41,13 +41,23 @@ impl Root {
         kernel: &Kernel,
         mib: u32,
     ) -> io::Result<Result<Self, KvmError>> {
+        match Self::map(file, memory)? {
+            Some(root) => Ok(root),
+            None => unpack(file, file.metadata()?.len(), memory, kernel, mib),
+        }
+    }
+
+    /// Makes the initial ramfs in `file` the guest's root, in memory of its own; `None` if it cannot be mapped.
+    pub(super) fn map(
+        file: &File,
+        memory: &mut GuestMemoryMmap,
+    ) -> io::Result<Option<Result<Self, KvmError>>> {
         let size = file.metadata()?.len();
         let metadata = cpio::entries(file)?.and_then(|entries| erofs::metadata(&entries, size));
         let length = (PAGE + size).next_multiple_of(UNIT);
-        match metadata.filter(|_| length <= ROOT_SIZE) {
-            Some(metadata) => map(file, size, &metadata, memory, length),
-            None => unpack(file, size, memory, kernel, mib),
-        }
+        let metadata = metadata.filter(|_| length <= ROOT_SIZE);
+        let map = |metadata: Vec<u8>| map(file, size, &metadata, memory, length);
+        metadata.map(map).transpose()
     }
 
     /// Start and length of the persistent memory it is in, if it is.

@@ -42,9 +42,9 @@ struct Exits {
 #[error("KVM cannot run a vCPU")]
 pub(super) struct RunError(#[source] io::Error);
 
-/// Runs vCPU `id` until the guest ends or the VM does.
-pub(super) fn run(id: u8, vcpu: VcpuFd, machine: &Machine) -> Result<(), RunError> {
-    let mut entry = Entry::new(vcpu);
+/// Runs vCPU `id` until the guest ends or the VM does; gives it back then, out of the guest.
+pub(super) fn run(id: u8, mut vcpu: VcpuFd, machine: &Machine) -> Result<VcpuFd, RunError> {
+    let mut entry = Entry::new(&mut vcpu);
     let mut exits = Exits::default();
     let pass = machine.gate.pass_of(id);
     let mut may_run = pass.pass();
@@ -63,7 +63,8 @@ pub(super) fn run(id: u8, vcpu: VcpuFd, machine: &Machine) -> Result<(), RunErro
     if let Some((reason, message)) = verdict {
         machine.stop.stop(reason, message);
     }
-    Ok(())
+    drop(entry);
+    Ok(vcpu)
 }
 
 /// What came of one stay in the guest.

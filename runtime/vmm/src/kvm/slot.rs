@@ -364,3 +364,5 @@ fn queue(registers: &QueueRegisters, event_idx: bool, memory: &GuestMemoryMmap) 
 mod state;
 #[cfg(test)]
 mod tests;
+
+pub(super) use state::SlotState;

@@ -1,9 +1,5 @@
 //! Everything a virtual processor is made of between two instructions, as plain data: taken from a vCPU that is out of the guest, and
 //! given to a fresh one with the same CPUID.
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "what a snapshot of a VM will be made of")
-)]
 
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,

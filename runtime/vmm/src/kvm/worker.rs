@@ -26,7 +26,7 @@ pub(super) struct Worker {
     name: &'static str,
     epoll: Arc<Epoll>,
     stop: EventFd,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<()>>>,
 }
 
 impl Worker {

@@ -9,10 +9,9 @@ mod output;
 mod qemu;
 mod qmp;
 mod spawn;
-mod store;
 mod template;
 mod transcript;
 mod tsc;
 
 pub(crate) use qemu::SoftwareError;
-pub(crate) use template::{Started, start};
+pub(crate) use template::start;

@@ -1,9 +1,5 @@
 //! A slot's state as plain data: what its registers hold and how far its queues have come. With the state of the device itself, which
 //! is the device's to give, it makes a fresh slot go on where this one was.
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "what a snapshot of a VM will be made of")
-)]
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -32,6 +28,13 @@ pub(in crate::kvm) struct SlotState {
 struct Progress {
     next_avail: u16,
     next_used: u16,
+}
+
+impl SlotState {
+    /// How many queues the device has.
+    pub(in crate::kvm) fn queues(&self) -> usize {
+        self.queues.as_ref().map_or(0, Vec::len)
+    }
 }
 
 impl Slots {

@@ -14,8 +14,7 @@ use nix::libc;
 use nix::unistd::linkat;
 use sha2::{Digest, Sha256};
 
-use super::command::{Inherited, Start, arguments};
-use crate::spec::VmSpec;
+use super::Kind;
 
 /// The most templates that are kept, some 50 MiB each; beyond that the least recently used goes.
 const MAX_TEMPLATES: usize = 4;
@@ -27,11 +26,11 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// The place of the template of a VM like `spec`, in `dir`, which need not exist.
-    pub(super) fn new(dir: &Path, spec: &VmSpec) -> io::Result<Self> {
+    /// The place of the template of VMs of this kind, in `dir`, which need not exist.
+    pub(super) fn new(dir: &Path, kind: &Kind<'_>) -> io::Result<Self> {
         Ok(Self {
             dir: dir.to_owned(),
-            name: name(spec)?,
+            name: name(kind)?,
         })
     }
 
@@ -123,18 +122,12 @@ fn evict(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A digest of all that the guest's state at its template depends on: this boot of the host, whose processor and clock the guest has
-/// taken the measure of; the programs and files by their identity and last change; and QEMU's command line.
-fn name(spec: &VmSpec) -> io::Result<String> {
+/// A digest of the kind, this program, and this boot of the host.
+fn name(kind: &Kind<'_>) -> io::Result<String> {
     let mut digest = Sha256::new();
     digest.update(fs::read("/proc/sys/kernel/random/boot_id")?);
-    let files = [
-        Path::new("/proc/self/exe"),
-        &spec.qemu,
-        &spec.kernel,
-        &spec.initramfs,
-    ];
-    for file in files {
+    let program = Path::new("/proc/self/exe");
+    for file in std::iter::once(&program).chain(&kind.files) {
         let file = fs::metadata(file)?;
         digest.update(file.dev().to_le_bytes());
         digest.update(file.ino().to_le_bytes());
@@ -148,11 +141,7 @@ fn name(spec: &VmSpec) -> io::Result<String> {
             digest.update(time.to_le_bytes());
         }
     }
-    let anyone = VmSpec {
-        id: String::new(),
-        ..spec.clone()
-    };
-    for word in arguments(&anyone, &Inherited::default(), Start::Save, None) {
+    for word in &kind.words {
         digest.update(word.as_bytes());
         digest.update([0]);
     }
@@ -164,105 +153,85 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::spec::tests::spec;
 
-    /// A VM made from files of its own.
-    fn vm(dir: &Path) -> VmSpec {
-        let file = |name: &str| {
-            let path = dir.join(name);
-            fs::write(&path, name).unwrap();
-            path
-        };
-        VmSpec {
-            kernel: file("kernel"),
-            initramfs: file("initramfs"),
-            qemu: file("qemu"),
-            ..spec()
+    /// VMs that are made from a file.
+    fn kind<'a>(file: &'a Path, words: &[&str]) -> Kind<'a> {
+        Kind {
+            files: vec![file],
+            words: words.iter().map(Into::into).collect(),
         }
     }
 
-    fn keep(dir: &Path, spec: &VmSpec, text: &str) {
-        let mut staged = Store::new(dir, spec).unwrap().stage().unwrap();
+    fn keep(dir: &Path, kind: &Kind<'_>, text: &str) {
+        let mut staged = Store::new(dir, kind).unwrap().stage().unwrap();
         staged.file.write_all(text.as_bytes()).unwrap();
         staged.keep().unwrap();
     }
 
-    fn found(dir: &Path, spec: &VmSpec) -> bool {
-        Store::new(dir, spec).unwrap().find().unwrap().is_some()
+    fn found(dir: &Path, kind: &Kind<'_>) -> bool {
+        Store::new(dir, kind).unwrap().find().unwrap().is_some()
+    }
+
+    /// A directory for templates that is yet to be made, and a file.
+    fn places() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let temporary = tempfile::tempdir().unwrap();
+        let file = temporary.path().join("kernel");
+        fs::write(&file, "kernel").unwrap();
+        let dir = temporary.path().join("templates");
+        (temporary, dir, file)
     }
 
     #[test]
     fn a_template_is_found_by_vms_of_its_kind_alone() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("templates");
-        let spec = vm(temporary.path());
-        assert!(!found(&dir, &spec));
-        keep(&dir, &spec, "whole");
-        let other_id = VmSpec {
-            id: "another".into(),
-            ..spec.clone()
-        };
-        assert!(found(&dir, &other_id));
-        let memory = VmSpec {
-            memory_mib: spec.memory_mib + 1,
-            max_memory_mib: spec.memory_mib + 1,
-            ..spec.clone()
-        };
-        let vcpus = VmSpec {
-            vcpus: 2,
-            max_vcpus: 2,
-            ..spec.clone()
-        };
-        let cmdline = VmSpec {
-            cmdline: "more".into(),
-            ..spec.clone()
-        };
-        for other in [memory, vcpus, cmdline] {
-            assert!(!found(&dir, &other), "{other:?}");
+        let (_temporary, dir, file) = places();
+        let words = kind(&file, &["256 MiB", "quiet"]);
+        assert!(!found(&dir, &words));
+        keep(&dir, &words, "whole");
+        assert!(found(&dir, &words));
+        for others in [
+            &["257 MiB", "quiet"][..],
+            &["256 MiB"],
+            &["256 MiBquiet"],
+            &[],
+        ] {
+            assert!(!found(&dir, &kind(&file, others)), "{others:?}");
         }
-        fs::write(&spec.kernel, "kernel of another release").unwrap();
-        assert!(!found(&dir, &spec));
+        fs::write(&file, "kernel of another release").unwrap();
+        assert!(!found(&dir, &words));
     }
 
     #[test]
     fn a_template_that_is_not_kept_leaves_nothing() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("templates");
-        let spec = vm(temporary.path());
-        drop(Store::new(&dir, &spec).unwrap().stage().unwrap());
+        let (_temporary, dir, file) = places();
+        drop(Store::new(&dir, &kind(&file, &[])).unwrap().stage());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 
     #[test]
     fn the_first_of_two_that_are_made_at_once_stays() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("templates");
-        let spec = vm(temporary.path());
-        keep(&dir, &spec, "first");
-        keep(&dir, &spec, "second");
-        let store = Store::new(&dir, &spec).unwrap();
+        let (_temporary, dir, file) = places();
+        let kind = kind(&file, &[]);
+        keep(&dir, &kind, "first");
+        keep(&dir, &kind, "second");
+        let store = Store::new(&dir, &kind).unwrap();
         assert_eq!(fs::read_to_string(store.path()).unwrap(), "first");
         store.discard().unwrap();
-        assert!(!found(&dir, &spec));
+        assert!(!found(&dir, &kind));
     }
 
     #[test]
     fn the_least_recently_used_go_first() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("templates");
-        let vm = vm(temporary.path());
-        let of = |memory_mib| VmSpec {
-            memory_mib,
-            ..vm.clone()
-        };
-        let sizes = 100..100 + MAX_TEMPLATES as u32;
-        sizes
-            .clone()
-            .for_each(|memory| keep(&dir, &of(memory), "template"));
-        assert!(found(&dir, &of(100)));
-        keep(&dir, &of(99), "template");
+        let (_temporary, dir, file) = places();
+        let names: Vec<String> = (0..=MAX_TEMPLATES).map(|n| n.to_string()).collect();
+        let of = |name: &str| kind(&file, &[name]);
+        let (last, first) = names.split_last().unwrap();
+        first
+            .iter()
+            .for_each(|name| keep(&dir, &of(name), "template"));
+        assert!(found(&dir, &of(&first[0])));
+        keep(&dir, &of(last), "template");
         assert_eq!(fs::read_dir(&dir).unwrap().count(), MAX_TEMPLATES);
-        assert!(found(&dir, &of(100)) && found(&dir, &of(99)));
-        assert!(!found(&dir, &of(101)));
+        assert!(found(&dir, &of(&first[0])) && found(&dir, &of(last)));
+        assert!(!found(&dir, &of(&first[1])));
     }
 }
