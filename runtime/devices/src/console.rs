@@ -7,8 +7,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::chains::{self, Chain};
-use crate::{Broken, Context, Device, QueueMask};
 use crate::requests::{Common, Requests};
+use crate::{Broken, Context, Device, QueueMask};
 
 /// Port 0's queue to the guest (§5.3.2).
 const TO_GUEST: usize = 0;

@@ -1,16 +1,11 @@
-//! VMs of the software engine that start from a template: each is a guest of its own, and whatever becomes of the template, they start.
+//! VMs that start from a template: each is a guest of its own, and whatever becomes of the template, they start.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::host::{Host, busybox, dist, engine, succeed, text};
-
-/// A host with templates of its own, if the engine under test has any.
-fn host() -> Option<Host> {
-    (engine() == "software").then(Host::with_own_data)
-}
+use crate::host::{Host, busybox, dist, succeed, text};
 
 fn templates(host: &Host) -> Vec<PathBuf> {
     let entries = fs::read_dir(host.data_dir().join("templates"));
@@ -31,7 +26,7 @@ fn origin(host: &Host, options: &[&str]) -> String {
 
 #[test]
 fn no_two_guests_of_a_template_have_the_same_random_numbers() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     let script = "cd /proc/sys/kernel/random; cat uuid boot_id; head -c 16 /dev/urandom | od -x";
     let first = host.shell(&[], script);
     let second = host.shell(&[], script);
@@ -43,7 +38,7 @@ fn no_two_guests_of_a_template_have_the_same_random_numbers() {
 
 #[test]
 fn a_guest_of_a_template_knows_the_time_and_sleeps_as_long_as_it_should() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     assert_eq!(origin(&host, &[]), "template");
     let seconds = || {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -69,7 +64,7 @@ fn a_guest_of_a_template_knows_the_time_and_sleeps_as_long_as_it_should() {
 
 #[test]
 fn a_profile_says_what_the_template_took() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     let profile = || text(&host.run(&["--profile"], &["true"]).stderr);
     let (first, second) = (profile(), profile());
     let made = "VM process: making the template";
@@ -80,7 +75,7 @@ fn a_profile_says_what_the_template_took() {
 
 #[test]
 fn a_damaged_template_is_replaced() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     assert_eq!(origin(&host, &[]), "template");
     let [template] = &templates(&host)[..] else {
         panic!("not one template")
@@ -103,7 +98,7 @@ fn a_damaged_template_is_replaced() {
 
 #[test]
 fn two_runs_that_make_a_template_at_once_make_one() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     let image = busybox();
     let run = || host.spawn(["run", "--rm", &image, "echo", "done"]);
     let runs = [run(), run()];
@@ -115,7 +110,7 @@ fn two_runs_that_make_a_template_at_once_make_one() {
 
 #[test]
 fn another_kernel_has_another_template() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     assert_eq!(origin(&host, &[]), "template");
     let kernel = host.path("vmlinux");
     fs::copy(dist().join("vmlinux"), &kernel).unwrap();
@@ -126,7 +121,7 @@ fn another_kernel_has_another_template() {
 
 #[test]
 fn a_template_is_removed_by_prune_and_can_be_done_without() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     assert_eq!(origin(&host, &["--template", "off"]), "boot");
     assert_eq!(templates(&host).len(), 0);
     assert_eq!(origin(&host, &["--memory", "64m"]), "template");
@@ -137,7 +132,7 @@ fn a_template_is_removed_by_prune_and_can_be_done_without() {
 
 #[test]
 fn a_guest_boots_where_no_template_can_be_kept() {
-    let Some(host) = host() else { return };
+    let host = Host::with_own_data();
     fs::create_dir_all(host.data_dir()).unwrap();
     fs::write(host.data_dir().join("templates"), "no directory").unwrap();
     assert_eq!(origin(&host, &[]), "boot");

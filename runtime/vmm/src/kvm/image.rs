@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -47,12 +48,12 @@ struct Head<T> {
 }
 
 /// A template.
-pub(super) struct Image {
+pub(super) struct Image<T = VmState> {
     file: File,
-    head: Head<VmState>,
+    head: Head<T>,
 }
 
-impl Image {
+impl<T: DeserializeOwned> Image<T> {
     /// Takes the file of a template of VMs with `mib` MiB of memory.
     ///
     /// # Errors
@@ -76,7 +77,7 @@ impl Image {
         Ok(Self { file, head })
     }
 
-    pub(super) fn vm(&self) -> &VmState {
+    pub(super) fn vm(&self) -> &T {
         &self.head.vm
     }
 
@@ -94,7 +95,7 @@ impl Image {
 /// Writes a template of a guest with `mib` MiB of memory that does not run any more. Up to `laid`, files have been laid over its memory.
 pub(super) fn write(
     file: &File,
-    vm: &VmState,
+    vm: &impl Serialize,
     memory: &GuestMemoryMmap,
     mib: u32,
     laid: u64,
@@ -126,11 +127,7 @@ pub(super) fn write(
     }
     file.write_all_at(&head, HEADER as u64)?;
     let sum = u64::from(crc32fast::hash(&head));
-    let words = [
-        u64::from_le_bytes(MAGIC),
-        head.len() as u64,
-        sum,
-    ];
+    let words = [u64::from_le_bytes(MAGIC), head.len() as u64, sum];
     file.write_all_at(&words.map(u64::to_le_bytes).concat(), 0)
 }
 
@@ -179,4 +176,104 @@ fn words(header: &[u8; HEADER]) -> [u64; 3] {
 
 fn damaged(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::reserve;
+    use super::*;
+
+    const MIB: u32 = 16;
+    /// Above which no file is laid.
+    const LAID: u64 = 2 << 20;
+
+    /// The file of a guest with something here and there, and its memory.
+    fn template() -> (File, GuestMemoryMmap) {
+        let memory = reserve(MIB).unwrap();
+        let kernel = tempfile::tempfile().unwrap();
+        kernel.set_len(PAGE).unwrap();
+        kernel.write_all_at(b"kernel", 100).unwrap();
+        lay_file(&memory, &kernel, 0, GuestAddress(1 << 20), PAGE).unwrap();
+        for at in [0, 5 * PAGE, 8 << 20, (16 << 20) - 1] {
+            memory.write_obj(b'x', GuestAddress(at)).unwrap();
+        }
+        memory.write_obj(0_u8, GuestAddress(12 << 20)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        write(&file, &"state", &memory, MIB, LAID).unwrap();
+        (file, memory)
+    }
+
+    fn read(file: &File, mib: u32) -> io::Result<Image<String>> {
+        Image::read(file.try_clone().unwrap(), mib)
+    }
+
+    #[test]
+    fn another_guest_gets_the_same_memory_and_has_it_for_itself() {
+        let (file, memory) = template();
+        let image = read(&file, MIB).unwrap();
+        assert_eq!(image.vm(), "state");
+        let runs = [
+            (0, 6 * PAGE),
+            (1 << 20, PAGE),
+            (8 << 20, PAGE),
+            ((16 << 20) - PAGE, PAGE),
+        ];
+        assert_eq!(image.head.runs, runs);
+        let guests = [reserve(MIB).unwrap(), reserve(MIB).unwrap()];
+        let contents = |memory: &GuestMemoryMmap| {
+            let mut bytes = vec![0; (MIB as usize) << 20];
+            memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            bytes
+        };
+        for guest in &guests {
+            image.lay(guest).unwrap();
+            assert!(contents(guest) == contents(&memory));
+            guest.write_obj(b'y', GuestAddress(8 << 20)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_or_of_another_guest_is_refused() {
+        let (file, _) = template();
+        assert!(read(&file, MIB + 1).is_err());
+        let whole = file.metadata().unwrap().len();
+        for length in [whole - 1, MEMORY, 100, HEADER as u64, 10, 0] {
+            file.set_len(length).unwrap();
+            assert!(read(&file, MIB).is_err(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_state_that_was_changed_anywhere_is_refused() {
+        let (file, _) = template();
+        let mut length = [0; 8];
+        file.read_exact_at(&mut length, 8).unwrap();
+        let end = HEADER as u64 + u64::from_le_bytes(length);
+        for at in 0..end {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x80], at).unwrap();
+            assert!(read(&file, MIB).is_err(), "byte {at}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+        read(&file, MIB).unwrap();
+    }
+
+    #[test]
+    fn runs_outside_memory_are_refused() {
+        let (file, _) = template();
+        for run in [
+            (0, u64::MAX),
+            (u64::MAX, PAGE),
+            (u64::MAX - PAGE + 1, PAGE),
+            (16 << 20, PAGE),
+            (15 << 20, 2 << 20),
+            (1, PAGE),
+            (PAGE, 0),
+        ] {
+            let mut image = read(&file, MIB).unwrap();
+            image.head.runs = vec![run];
+            assert!(image.lay(&reserve(MIB).unwrap()).is_err(), "{run:?}");
+        }
+    }
 }
