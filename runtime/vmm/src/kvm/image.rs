@@ -81,6 +81,10 @@ impl<T: DeserializeOwned> Image<T> {
         &self.head.vm
     }
 
+    pub(super) fn into_vm(self) -> T {
+        self.head.vm
+    }
+
     /// Lays the memory over that of a guest.
     pub(super) fn lay(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
         let mut runs = self.head.runs.iter();

@@ -41,6 +41,8 @@ pub(crate) struct KvmMachine {
     vm: Arc<VmFd>,
     memory: GuestMemoryMmap,
     content: Content,
+    /// What the guest was when it was saved, until it has its devices.
+    resumed: Option<VmState>,
     offer: Offer,
     max_vcpus: u8,
     shared: Arc<Shared>,
@@ -62,7 +64,7 @@ impl KvmMachine {
     /// guest writes to its console goes to `sink`, and what it writes to its serial line to `log`.
     pub(super) fn new(
         spec: &VmSpec,
-        start: &Start<'_>,
+        start: Start<'_>,
         sink: Sink,
         log: KernelLog,
         stop: Stop,
@@ -93,7 +95,7 @@ impl KvmMachine {
             own_slots.end += 1;
             bus.plug_into(own_slots.end - 1, name, device)
         };
-        for (name, device) in boot_devices(start, sink, &memory)? {
+        for (name, device) in boot_devices(&start, sink, &memory)? {
             own(&mut bus, name, device)?;
         }
         if let Some((start, length)) = content.root.mapped() {
@@ -121,18 +123,22 @@ impl KvmMachine {
             stop,
             gate: Gate::new(spec.vcpus),
         });
-        match start {
-            Start::Boot(_) => vcpu::point_at(&first, content.entry)?,
-            Start::Load(image) => image.vm().restore(&vm, &first, &bus)?,
-        }
         bus.start(&shared.stop)?;
-        if let Start::Load(image) = start {
-            image.vm().notify(&bus);
-        }
+        let resumed = match start {
+            Start::Boot(_) => {
+                vcpu::point_at(&first, content.entry)?;
+                None
+            }
+            Start::Load(image) => {
+                image.vm().restore(&vm, &first)?;
+                Some(image.into_vm())
+            }
+        };
         Ok(Self {
             vm,
             memory,
             content,
+            resumed,
             offer,
             max_vcpus: spec.max_vcpus,
             shared,
@@ -150,6 +156,9 @@ impl KvmMachine {
         let Devices { fs, vsock, nics } = devices;
         self.bus.plug_into(VSOCK_SLOT, "vsock", vsock)?;
         self.bus.plug_into(FS_SLOT, "fs", fs)?;
+        if let Some(state) = self.resumed.take() {
+            state.restore_slots(&self.bus)?;
+        }
         for net in nics {
             let slot = self.bus.plug("net", Box::new(net))?;
             self.nics.push(slot as u32);
@@ -158,7 +167,7 @@ impl KvmMachine {
     }
 
     /// Lets the guest run. The other vCPUs it may have are made while it boots; it asks for them much later.
-    pub(super) fn start(&mut self) -> Result<(), KvmError> {
+    fn start(&mut self) -> Result<(), KvmError> {
         if let Some(first) = self.first.take() {
             self.add(first)?;
         }
@@ -170,7 +179,7 @@ impl KvmMachine {
         self.content.root.mapped().is_some()
     }
 
-    /// Stops the guest for good, and writes a template of it. It has been given nothing yet: no vCPU beyond the first, no memory, no device.
+    /// Stops the guest for good, and writes a template of it. It has been given nothing yet: no vCPU beyond the first, and no memory.
     pub(super) fn save(mut self, file: &File, mib: u32) -> Result<(), KvmError> {
         let what = "save the guest";
         self.shared.gate.pause();

@@ -53,16 +53,11 @@ impl VmState {
         })
     }
 
-    /// Gives this state to a VM with the same devices in the same slots, of which nothing has run.
-    pub(super) fn restore(&self, vm: &VmFd, vcpu: &VcpuFd, bus: &Bus) -> Result<(), KvmError> {
+    /// Gives this state to a VM of which nothing has run; but for that of its slots, see [`VmState::restore_slots`].
+    pub(super) fn restore(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), KvmError> {
         for controller in &self.controllers {
             vm.set_irqchip(controller)
                 .map_err(kvm("restore an interrupt controller's state"))?;
-        }
-        for (slot, state) in &self.slots {
-            bus.slots()
-                .restore(*slot, state)
-                .map_err(system("restore a slot's state"))?;
         }
         self.vcpu.restore(vcpu)?;
         // The clock goes on from where it was; by how much it has been saved with, other fields say.
@@ -73,12 +68,17 @@ impl VmState {
         vm.set_clock(&clock).map_err(kvm("restore its clock"))
     }
 
-    /// Has the devices see to their queues, of which it is not known whether the guest has notified them. They must be served by then.
-    pub(super) fn notify(&self, bus: &Bus) {
+    /// Gives the devices in the slots, which are the same ones, their state, and has them see to their queues, of which it is not known whether
+    /// the guest has notified them. The VM's own state must have been restored.
+    pub(super) fn restore_slots(&self, bus: &Bus) -> Result<(), KvmError> {
         for (slot, state) in &self.slots {
+            bus.slots()
+                .restore(*slot, state)
+                .map_err(system("restore a slot's state"))?;
             for queue in 0..state.queues() {
                 bus.slots().handle(*slot, Event::Queue(queue));
             }
         }
+        Ok(())
     }
 }

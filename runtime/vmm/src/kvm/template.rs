@@ -1,9 +1,11 @@
-//! Guests that come from a template: the first of a kind boots without our devices, and is saved when its agent is ready; the others have its
-//! memory mapped copy-on-write and go on where it was.
+//! Guests that come from a template: the first of a kind boots, and is saved when its agent is ready; the others have its memory mapped
+//! copy-on-write and go on where it was, with devices of their own behind the same queues. Network devices come later.
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 
+use cloison_devices::{Fs, FsLimits, Vsock, VsockConfig};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -12,6 +14,7 @@ use super::image::Image;
 use super::layout::TEMPLATE_NICS;
 use super::machine::KvmMachine;
 use super::start::Start;
+use crate::devices::{Devices, DevicesError, SHARED_TAG};
 use crate::end::EndReason;
 use crate::kernel_log::KernelLog;
 use crate::spec::{Template, VmSpec};
@@ -59,7 +62,7 @@ struct Guests<'a> {
 }
 
 impl Guests<'_> {
-    fn machine(&self, start: &Start<'_>) -> Result<KvmMachine, KvmError> {
+    fn machine(&self, start: Start<'_>) -> Result<KvmMachine, KvmError> {
         let (log, stop) = (self.log.clone(), self.stop.clone());
         let sink = {
             let log = log.clone();
@@ -109,23 +112,37 @@ impl Source for Guests<'_> {
             ..self.spec.clone()
         };
         let words = format!("{} {}", spec.cmdline, template.word);
-        let mut machine = KvmMachine::new(&spec, &Start::Boot(&words), sink, log, stop.clone())?;
+        let mut machine = KvmMachine::new(&spec, Start::Boot(&words), sink, log, stop.clone())?;
         if !machine.can_be_saved() {
             return Err(TemplateError::Root.into());
         }
-        machine.start()?;
+        machine.serve(unused(&template.dir)?)?;
         await_ready(&stop)?;
         Ok(machine.save(to, spec.memory_mib)?)
     }
 
     fn load(&self, from: File) -> Result<KvmMachine, Failed> {
         let image = Image::read(from, self.spec.memory_mib).map_err(TemplateError::Read)?;
-        Ok(self.machine(&Start::Load(&image))?)
+        Ok(self.machine(Start::Load(image))?)
     }
 
     fn boot(&self) -> Result<KvmMachine, KvmError> {
-        self.machine(&Start::Boot(&self.spec.cmdline))
+        self.machine(Start::Boot(&self.spec.cmdline))
     }
+}
+
+/// Devices of the kinds that every guest has, so that its kernel knows them when it is saved. What they are for nobody asks before that.
+fn unused(dir: &Path) -> Result<Devices, DevicesError> {
+    let vsock = Vsock::new(VsockConfig {
+        listener: None,
+        listen_prefix: None,
+        attachments: Vec::new(),
+    });
+    Ok(Devices {
+        fs: Box::new(Fs::new(SHARED_TAG, dir, FsLimits::for_this_process())?),
+        vsock: Box::new(vsock?),
+        nics: Vec::new(),
+    })
 }
 
 /// Waits until the guest is stopped, for being ready or for worse.
