@@ -31,7 +31,7 @@ pub const TEMPLATE_ARGUMENT: &str = "template";
 /// A line of its own on the console of a guest with [`TEMPLATE_ARGUMENT`].
 pub const TEMPLATE_READY: &str = "cloison-agent: ready to become a template";
 
-/// The slots, empty in a template, of the vsock device and the shared directory.
+/// The slots of the vsock device and the shared directory, which may be empty in a template.
 pub const TEMPLATE_SLOTS: [u32; 2] = [0, 1];
 
 /// The slots, empty in a template, of network devices, which are put there in this order.

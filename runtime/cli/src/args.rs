@@ -253,7 +253,7 @@ pub struct Run {
     /// What runs the VM: kvm, software, or whichever works
     #[arg(long, value_enum, env = "CLOISON_ENGINE", default_value_t = EngineArg::Auto)]
     pub engine: EngineArg,
-    /// Whether the software engine starts the VM from a template, and makes one where there is none
+    /// Whether the VM starts from a template, which is made where there is none
     #[arg(long, value_enum, env = "CLOISON_TEMPLATE", default_value_t = TemplateArg::Auto)]
     pub template: TemplateArg,
     /// Say on standard error where the run's time went, or write it to FILE as a Chrome trace

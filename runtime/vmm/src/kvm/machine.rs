@@ -24,7 +24,7 @@ use super::run::{self, Machine as Shared};
 use super::start::{Content, Start};
 use super::state::VmState;
 use super::vcpu::{self, Offer};
-use super::{image, kick, memory};
+use super::{image, kick, memory, vcpu_state};
 use crate::control::{DeviceKind, State};
 use crate::devices::Devices;
 use crate::kernel_log::KernelLog;
@@ -191,7 +191,9 @@ impl KvmMachine {
         let first = first.ok_or_else(|| system(what)(io::ErrorKind::BrokenPipe))?;
         drop(vcpus);
         self.bus.end();
-        let state = VmState::save(&self.vm, &first, &self.bus)?;
+        let kvm_fd = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
+        let registers = vcpu_state::registers(&kvm_fd)?;
+        let state = VmState::save(&self.vm, &first, &registers, &self.bus)?;
         image::write(file, &state, &self.memory, mib, self.content.laid).map_err(system(what))
     }
 

@@ -30,8 +30,14 @@ pub(super) struct VmState {
 }
 
 impl VmState {
-    /// The state of a VM whose processor has left the guest for good, and whose devices nobody serves any more.
-    pub(super) fn save(vm: &VmFd, vcpu: &VcpuFd, bus: &Bus) -> Result<Self, KvmError> {
+    /// The state of a VM whose processor has left the guest for good, and whose devices nobody serves any more; with these of the
+    /// processor's model-specific registers.
+    pub(super) fn save(
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        registers: &[u32],
+        bus: &Bus,
+    ) -> Result<Self, KvmError> {
         let controller = |chip_id| {
             let mut controller = kvm_irqchip {
                 chip_id,
@@ -43,7 +49,7 @@ impl VmState {
         };
         let slots = (0..SLOT_COUNT).filter_map(|slot| Some((slot, bus.slots().save(slot)?)));
         Ok(Self {
-            vcpu: VcpuState::save(vcpu)?,
+            vcpu: VcpuState::save(vcpu, registers)?,
             controllers: CONTROLLERS
                 .into_iter()
                 .map(controller)

@@ -5,7 +5,7 @@ use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::error::{KvmError, kvm};
@@ -13,10 +13,14 @@ use super::error::{KvmError, kvm};
 /// Version of [`VcpuState`].
 const STATE_VERSION: u32 = 1;
 
-/// Model-specific registers that are a guest's, by number (Intel SDM vol. 4; Linux, Documentation/virt/kvm/x86/msr.rst). The clock
-/// comes first, and the deadline that is measured by it last. One that this host's KVM does not have is left out when saving.
+/// The clock of a vCPU, which is restored before all else, and the deadline that is measured by it, which is restored last.
+const TSC: u32 = 0x10;
+const TSC_DEADLINE: u32 = 0x6e0;
+
+/// Model-specific registers that are a guest's, by number (Intel SDM vol. 4; Linux, Documentation/virt/kvm/x86/msr.rst), of which KVM's own
+/// list may leave some out. One that this host's KVM does not have is left out when saving.
 const MSRS: [u32; 28] = [
-    0x10,        // IA32_TIME_STAMP_COUNTER
+    TSC,
     0x3b,        // IA32_TSC_ADJUST
     0x48,        // IA32_SPEC_CTRL
     0x174,       // IA32_SYSENTER_CS
@@ -43,8 +47,18 @@ const MSRS: [u32; 28] = [
     0x4b56_4d05, // KVM_POLL_CONTROL
     0x4b56_4d06, // KVM_ASYNC_PF_INT
     0x4b56_4d08, // KVM_MIGRATION_CONTROL
-    0x6e0,       // IA32_TSC_DEADLINE
+    TSC_DEADLINE,
 ];
+
+/// All registers to be saved, in the order in which they are to be restored.
+pub(super) fn registers(kvm_fd: &Kvm) -> Result<Vec<u32>, KvmError> {
+    let list = kvm_fd.get_msr_index_list();
+    let list = list.map_err(kvm("list model-specific registers"))?;
+    let mut registers: Vec<u32> = MSRS.iter().chain(list.as_slice()).copied().collect();
+    registers.sort_by_key(|&index| (index == TSC_DEADLINE, index != TSC, index));
+    registers.dedup();
+    Ok(registers)
+}
 
 /// A vCPU's state.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,8 +76,9 @@ pub(super) struct VcpuState {
 }
 
 impl VcpuState {
-    /// The state of `vcpu`, which a kick has brought out of the guest: what any other exit has left undone would be lost.
-    pub(super) fn save(vcpu: &VcpuFd) -> Result<Self, KvmError> {
+    /// The state of `vcpu` with these model-specific registers. A kick has brought it out of the guest: what any other exit has left undone
+    /// would be lost.
+    pub(super) fn save(vcpu: &VcpuFd, registers: &[u32]) -> Result<Self, KvmError> {
         let what = "save a vCPU's state";
         // KVM finishes what the last exit has left undone before it reports states, so the multiprocessing state comes first.
         Ok(Self {
@@ -75,7 +90,7 @@ impl VcpuState {
             xcrs: vcpu.get_xcrs().map_err(kvm(what))?,
             debug: vcpu.get_debug_regs().map_err(kvm(what))?,
             lapic: vcpu.get_lapic().map_err(kvm(what))?,
-            msrs: MSRS
+            msrs: registers
                 .iter()
                 .filter_map(|&index| read_msr(vcpu, index).transpose())
                 .collect::<Result<_, _>>()?,
@@ -100,22 +115,26 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).map_err(kvm(what))?;
         vcpu.set_debug_regs(&self.debug).map_err(kvm(what))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm(what))?;
-        for entry in &self.msrs {
-            write_msr(vcpu, *entry)?;
-        }
+        write_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm(what))
     }
 }
 
-/// Writes a model-specific register. One that cannot be written and was zero is one that neither KVM lets a guest use.
-fn write_msr(vcpu: &VcpuFd, entry: kvm_msr_entry) -> Result<(), KvmError> {
-    let msrs = Msrs::from_entries(&[entry]).map_err(|_| KvmError::Msr(entry.index))?;
-    match vcpu.set_msrs(&msrs) {
-        Ok(1) => Ok(()),
-        Ok(_) if entry.data == 0 => Ok(()),
-        Ok(_) => Err(KvmError::Msr(entry.index)),
-        Err(error) => Err(kvm("restore a vCPU's model-specific registers")(error)),
+/// Writes model-specific registers, in this order. One that cannot be written is as good when it has the value already.
+fn write_msrs(vcpu: &VcpuFd, mut entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    let what = "restore a vCPU's model-specific registers";
+    while let Some(first) = entries.first() {
+        let msrs = Msrs::from_entries(entries).map_err(|_| KvmError::Msr(first.index))?;
+        let written = vcpu.set_msrs(&msrs).map_err(kvm(what))?;
+        let [refused, rest @ ..] = &entries[written..] else {
+            return Ok(());
+        };
+        match read_msr(vcpu, refused.index)? {
+            Some(has) if has.data == refused.data => entries = rest,
+            _ => return Err(KvmError::Msr(refused.index)),
+        }
     }
+    Ok(())
 }
 
 fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<kvm_msr_entry>, KvmError> {
@@ -137,7 +156,7 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<kvm_msr_entry>, KvmError
 
 #[cfg(test)]
 mod tests {
-    use kvm_ioctls::{Cap, Kvm, VcpuExit, VmFd};
+    use kvm_ioctls::{Cap, VcpuExit, VmFd};
     use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
     use super::super::layout::{KVM_IDENTITY_MAP, KVM_TSS};
@@ -208,7 +227,11 @@ mod tests {
         first.vcpu.set_regs(&regs).unwrap();
         assert_eq!([counts(&mut first), counts(&mut first)], [1, 2]);
         kick(&mut first);
-        let saved = serde_json::to_vec(&VcpuState::save(&first.vcpu).unwrap()).unwrap();
+        let registers = registers(&Kvm::new().unwrap()).unwrap();
+        assert_eq!(registers.first(), Some(&TSC));
+        assert_eq!(registers.last(), Some(&TSC_DEADLINE));
+        let saved = VcpuState::save(&first.vcpu, &registers).unwrap();
+        let saved = serde_json::to_vec(&saved).unwrap();
         assert_eq!(counts(&mut first), 3);
 
         let mut second = guest(&memory).unwrap();
@@ -227,7 +250,7 @@ mod tests {
             println!("skipped: there is no KVM here");
             return;
         };
-        let mut state = VcpuState::save(&guest.vcpu).unwrap();
+        let mut state = VcpuState::save(&guest.vcpu, &MSRS).unwrap();
         state.version += 1;
         let error = state.restore(&guest.vcpu).unwrap_err();
         assert!(matches!(error, KvmError::StateVersion { .. }), "{error}");

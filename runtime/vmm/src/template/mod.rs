@@ -105,6 +105,9 @@ fn from_template<S: Source>(
     made: &mut Option<u64>,
 ) -> Result<S::Guest, Failed> {
     let store = Store::new(&template.dir, kind).map_err(StoreError)?;
+    if store.is_given_up() {
+        return Err("templates of this kind are of no use on this host".into());
+    }
     if let Some(file) = store.find().map_err(StoreError)? {
         match source.load(file) {
             Ok(guest) => return Ok(guest),
@@ -118,7 +121,12 @@ fn from_template<S: Source>(
     *made = Some(monotonic());
     let missing = || StoreError(io::ErrorKind::NotFound.into());
     let file = store.find().map_err(StoreError)?.ok_or_else(missing)?;
-    source.load(file)
+    let loaded = source.load(file);
+    if loaded.is_err() {
+        // The next would not be better, and making one takes longer than a boot.
+        store.give_up().map_err(StoreError)?;
+    }
+    loaded
 }
 
 #[cfg(test)]
@@ -133,6 +141,8 @@ mod tests {
     #[derive(Default)]
     struct Words {
         damaged: Cell<bool>,
+        /// Those that are made are damaged.
+        damages: Cell<bool>,
         cannot_make: bool,
         of_no_kind: bool,
         done: RefCell<Vec<&'static str>>,
@@ -154,6 +164,7 @@ mod tests {
             if self.cannot_make {
                 return Err("cannot".into());
             }
+            self.damaged.set(self.damages.get());
             Ok(to.write_all(b"loaded")?)
         }
 
@@ -196,6 +207,18 @@ mod tests {
             );
             assert_eq!(source.done.borrow().len(), makes);
         }
+    }
+
+    #[test]
+    fn a_kind_whose_fresh_template_is_of_no_use_has_none_from_then_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (spec, source) = (in_dir(dir.path()), Words::default());
+        source.damages.set(true);
+        for _ in 0..2 {
+            let begun = begin(&spec, &source).unwrap();
+            assert_eq!(begun.origin, Origin::Boot);
+        }
+        assert_eq!(*source.done.borrow(), ["made"]);
     }
 
     #[test]

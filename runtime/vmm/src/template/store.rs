@@ -16,8 +16,8 @@ use sha2::{Digest, Sha256};
 
 use super::Kind;
 
-/// The most templates that are kept, some 50 MiB each; beyond that the least recently used goes.
-const MAX_TEMPLATES: usize = 4;
+/// The most templates that are kept, some 35 to 55 MiB each; beyond that the least recently used goes.
+const MAX_TEMPLATES: usize = 8;
 
 /// The place of one VM's template.
 pub(super) struct Store {
@@ -51,6 +51,21 @@ impl Store {
     /// Removes a template that is of no use.
     pub(super) fn discard(&self) -> io::Result<()> {
         fs::remove_file(self.path())
+    }
+
+    fn given_up(&self) -> PathBuf {
+        self.dir.join(format!("{}.none", self.name))
+    }
+
+    /// Notes that there is to be no template, and removes it.
+    pub(super) fn give_up(&self) -> io::Result<()> {
+        File::create(self.given_up())?;
+        self.discard()
+    }
+
+    /// Whether that has been noted.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up().exists()
     }
 
     /// Makes a file without a name for a template that will be written later.
