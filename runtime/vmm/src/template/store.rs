@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
 use nix::libc;
 use nix::unistd::linkat;
 use sha2::{Digest, Sha256};
@@ -69,18 +69,22 @@ impl Store {
     }
 
     /// Makes a file without a name for a template that will be written later.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] while another process makes a template: of many that are started at once one makes it.
     pub(super) fn stage(&self) -> io::Result<Staged> {
         // Whoever reads guest memory knows the seeds of random numbers to come.
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.dir)?;
+        let dir = File::open(&self.dir)?;
+        let dir = Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
         let file = OpenOptions::new()
             .write(true)
             .mode(0o600)
             .custom_flags(libc::O_TMPFILE)
             .open(&self.dir)?;
-        let dir = File::open(&self.dir)?;
         Ok(Staged {
             file,
             dir,
@@ -92,12 +96,12 @@ impl Store {
 /// A template's file on its way.
 pub(super) struct Staged {
     pub(super) file: File,
-    dir: File,
+    dir: Flock<File>,
     name: String,
 }
 
 impl Staged {
-    /// Gives the file its name, unless another process was faster, and removes templates beyond the limit. Nothing is forced onto the
+    /// Gives the file its name, unless it is there already, and removes templates beyond the limit. Nothing is forced onto the
     /// disk: after a crash of the host no template is of use.
     pub(super) fn keep(self) -> io::Result<()> {
         let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -105,7 +109,7 @@ impl Staged {
         match linkat(
             AT_FDCWD,
             unnamed.as_str(),
-            &self.dir,
+            &*self.dir,
             self.name.as_str(),
             flags,
         ) {
@@ -223,7 +227,19 @@ mod tests {
     }
 
     #[test]
-    fn the_first_of_two_that_are_made_at_once_stays() {
+    fn one_is_made_at_a_time() {
+        let (_temporary, dir, file) = places();
+        let (one, other) = (kind(&file, &["one"]), kind(&file, &["other"]));
+        let staged = Store::new(&dir, &one).unwrap().stage().unwrap();
+        let refused = Store::new(&dir, &other).unwrap().stage().map(drop);
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(staged);
+        keep(&dir, &other, "whole");
+        assert!(found(&dir, &other));
+    }
+
+    #[test]
+    fn the_first_of_two_that_are_made_stays() {
         let (_temporary, dir, file) = places();
         let kind = kind(&file, &[]);
         keep(&dir, &kind, "first");
