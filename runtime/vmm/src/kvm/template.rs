@@ -19,7 +19,7 @@ use crate::end::EndReason;
 use crate::kernel_log::KernelLog;
 use crate::spec::{Template, VmSpec};
 use crate::stop::Stop;
-use crate::template::{Begun, Failed, Kind, Source, begin};
+use crate::template::{Begun, Failed, Kind, MAX_MEMORY_MIB, Source, begin};
 
 /// Lines of a console among which the last one whole is.
 const LAST_LINES: usize = 3;
@@ -86,7 +86,8 @@ impl Source for Guests<'_> {
             cmdline,
             ..
         } = self.spec;
-        (self.nics <= TEMPLATE_NICS).then(|| Kind {
+        let fits = self.nics <= TEMPLATE_NICS && *memory_mib <= MAX_MEMORY_MIB;
+        fits.then(|| Kind {
             files: vec![kernel, initramfs],
             words: vec![
                 format!("kvm, {memory_mib} to {max_memory_mib} MiB, {max_vcpus} vCPUs").into(),

@@ -13,7 +13,7 @@ use super::spawn::Sockets;
 use crate::kernel_log::KernelLog;
 use crate::spec::{Template, VmSpec};
 use crate::stop::Stop;
-use crate::template::{Begun, Failed, Kind, Source, begin};
+use crate::template::{Begun, Failed, Kind, MAX_MEMORY_MIB, Source, begin};
 
 /// Bytes of a template's file that are read or written at a time.
 const BUFFER: usize = 256 << 10;
@@ -76,7 +76,8 @@ impl Source for Guests<'_> {
             id: String::new(),
             ..self.spec.clone()
         };
-        (self.nics.len() <= MAX_TEMPLATE_NICS).then(|| Kind {
+        let fits = self.nics.len() <= MAX_TEMPLATE_NICS && self.spec.memory_mib <= MAX_MEMORY_MIB;
+        fits.then(|| Kind {
             files: vec![qemu, kernel, initramfs],
             words: arguments(&anyone, &Inherited::default(), Start::Save, None),
         })
