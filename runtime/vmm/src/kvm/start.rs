@@ -18,7 +18,7 @@ pub(super) enum Start<'a> {
     /// It boots, with these words on its command line.
     Boot(&'a str),
     /// It goes on.
-    Load(Image),
+    Load(Box<Image>),
 }
 
 /// What is in a guest's memory before its first instruction.

@@ -124,7 +124,7 @@ impl Source for Guests<'_> {
 
     fn load(&self, from: File) -> Result<KvmMachine, Failed> {
         let image = Image::read(from, self.spec.memory_mib).map_err(TemplateError::Read)?;
-        Ok(self.machine(Start::Load(image))?)
+        Ok(self.machine(Start::Load(Box::new(image)))?)
     }
 
     fn boot(&self) -> Result<KvmMachine, KvmError> {
