@@ -33,6 +33,7 @@ mod limits;
 mod mounts;
 mod network;
 mod oci;
+mod oci_mounts;
 mod oci_sockets;
 mod oci_spec;
 mod oci_update;
