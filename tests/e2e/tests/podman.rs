@@ -7,6 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use crate::host::{data, dist, emulated, fail, image_tar, rootfs, succeed, text};
 use crate::oci::cgroups;
@@ -79,6 +80,7 @@ impl Podman {
             manager,
             tree,
         };
+        *PODMANS.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         let (root, tar) = (podman.path("rootfs"), podman.path("image.tar"));
         rootfs(&root);
         let pause = root.join("bin/pause");
@@ -188,15 +190,33 @@ impl Podman {
 }
 
 /// podman 4.3 takes a cgroup v1 controller that the kernel has and nobody has mounted for one that is, makes plain directories and files in
-/// its place, and cannot remove them.
-fn clear_unmounted_controllers(pod: &str) {
+/// its place, and cannot remove them. These are what of it there is for all pods.
+fn unmounted_controllers() -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let device = fs::metadata(root).unwrap().dev();
-    for entry in fs::read_dir(root).unwrap().flatten() {
-        if entry.metadata().is_ok_and(|found| found.dev() == device) {
-            let place = entry.path().join("libpod_parent").join(pod);
-            let _ = fs::remove_dir_all(place);
-        }
+    let all = fs::read_dir(root).unwrap().flatten();
+    let plain = all.filter(|entry| entry.metadata().is_ok_and(|found| found.dev() == device));
+    plain
+        .map(|entry| entry.path().join("libpod_parent"))
+        .collect()
+}
+
+fn clear_unmounted_controllers(pod: &str) {
+    for parent in unmounted_controllers() {
+        let _ = fs::remove_dir_all(parent.join(pod));
+    }
+}
+
+/// How many podmans there are. What podman leaves for all pods is taken away with the last.
+static PODMANS: Mutex<usize> = Mutex::new(0);
+
+/// Removes what is for all pods.
+fn clear_all_unmounted_controllers() {
+    // Where podman has its own processes.
+    clear_unmounted_controllers("conmon");
+    for parent in unmounted_controllers() {
+        // Whoever else has a pod keeps it.
+        let _ = fs::remove_dir(parent);
     }
 }
 
@@ -217,6 +237,14 @@ impl Drop for Podman {
         if let Some(mut tree) = self.tree.take() {
             tree.kill().unwrap();
             tree.wait().unwrap();
+        }
+        {
+            // A test that failed has failed, and no more.
+            let mut podmans = PODMANS.lock().unwrap_or_else(PoisonError::into_inner);
+            *podmans -= 1;
+            if *podmans == 0 {
+                clear_all_unmounted_controllers();
+            }
         }
         if !std::thread::panicking() {
             assert_eq!(left, "", "containers are left");
