@@ -101,6 +101,8 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
     for note in &plan.notes {
         log.info(note);
     }
+    // Before there is anything that would have to be taken out of it again.
+    HostCgroup::at(&plan.cgroup)?.refuse_frozen()?;
     let mut left_of_probing = None;
     let (place, engine, engine_reason) = match Membership::find(home, &plan)? {
         Some(membership) => {

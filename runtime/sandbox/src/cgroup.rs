@@ -2,17 +2,19 @@
 //! container is its cgroup in the guest; the limits here keep the VM itself within what it was sized for. On cgroup v1, on v2, and
 //! on hosts with both, of which the v1 controllers are used.
 
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::{fs, io};
 
 use cgroups_rs::CgroupPid;
+use cgroups_rs::fs::Controller;
 use cgroups_rs::fs::blkio::BlkIoController;
 use cgroups_rs::fs::cgroup::Cgroup;
 use cgroups_rs::fs::cpu::CpuController;
 use cgroups_rs::fs::cpuset::CpuSetController;
+use cgroups_rs::fs::freezer::FreezerController;
 use cgroups_rs::fs::hierarchies;
 use cgroups_rs::fs::memory::MemController;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -129,6 +131,26 @@ impl HostCgroup {
     /// The path for a sandbox for which nobody has said one.
     pub fn default_path(id: &str) -> PathBuf {
         Path::new("/").join(DEFAULT_PARENT).join(id)
+    }
+
+    /// Refuses one that is frozen, or will be when it is made below one that is: whoever is moved into it does not go on.
+    ///
+    /// # Errors
+    /// [`Error::Frozen`].
+    pub fn refuse_frozen(&self) -> Result<(), Error> {
+        let freezer: Option<&FreezerController> = self.cgroup.controller_of();
+        // A host that cannot freeze has not.
+        let Some(freezer) = freezer else {
+            return Ok(());
+        };
+        let directory = freezer.path();
+        let root = directory
+            .ancestors()
+            .nth(Path::new(&self.path).components().count());
+        match root.and_then(|root| frozen(root, Path::new(&self.path))) {
+            Some((file, thaw)) => Err(Error::Frozen { file, thaw }),
+            None => Ok(()),
+        }
     }
 
     /// Makes it, or takes one that exists, and moves a process, and so what that will start, into it. The kernel waits some milliseconds
@@ -309,6 +331,25 @@ pub fn oom_main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// The file by which the outermost frozen cgroup on the way from `root` to `path` says that it is frozen, and what thaws it, on cgroup v1
+/// and v2. That of one that is gone, or not yet there, says nothing.
+fn frozen(root: &Path, path: &Path) -> Option<(PathBuf, &'static str)> {
+    let kinds = [
+        ("freezer.state", "THAWED"),
+        // Not the whole state, which is that of the cgroups above as well, but they are looked at themselves.
+        ("cgroup.freeze", "0"),
+    ];
+    let mut directory = root.to_owned();
+    path.components().find_map(|name| {
+        directory.push(name);
+        kinds.iter().find_map(|&(file, thaw)| {
+            let file = directory.join(file);
+            let state = fs::read_to_string(&file).ok()?;
+            (state.trim() != thaw).then_some((file, thaw))
+        })
+    })
+}
+
 /// Kills a process and waits until it is gone.
 fn end(pid: Pid) -> Result<(), Error> {
     let Ok(watched) = host::pidfd(pid) else {
@@ -328,6 +369,34 @@ fn end(pid: Pid) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_outermost_cgroup_that_is_frozen_is_named_with_what_thaws_it() {
+        let root = tempfile::tempdir().unwrap();
+        let (outer, inner) = (root.path().join("a"), root.path().join("a/b"));
+        fs::create_dir_all(&inner).unwrap();
+        let found = || frozen(root.path(), Path::new("a/b/new"));
+        assert_eq!(found(), None);
+        for (file, thawed, frozen) in [
+            ("cgroup.freeze", "0\n", "1\n"),
+            ("freezer.state", "THAWED\n", "FROZEN\n"),
+            ("freezer.state", "THAWED\n", "FREEZING\n"),
+        ] {
+            fs::write(outer.join(file), thawed).unwrap();
+            fs::write(inner.join(file), thawed).unwrap();
+            assert_eq!(found(), None);
+            fs::write(inner.join(file), frozen).unwrap();
+            assert_eq!(found().unwrap().0, inner.join(file));
+            fs::write(outer.join(file), frozen).unwrap();
+            assert_eq!(found().unwrap(), (outer.join(file), thawed.trim()));
+            fs::write(inner.join(file), thawed).unwrap();
+            fs::write(outer.join(file), thawed).unwrap();
+        }
+        // A file that is no file.
+        fs::remove_file(inner.join("cgroup.freeze")).unwrap();
+        fs::create_dir(inner.join("cgroup.freeze")).unwrap();
+        assert_eq!(found(), None);
+    }
 
     #[test]
     fn a_path_that_leaves_the_hierarchy_or_is_its_root_is_refused() {

@@ -73,6 +73,16 @@ pub enum Error {
         /// What went wrong.
         source: Box<crate::scope::ScopeError>,
     },
+    /// Somebody has frozen the cgroup, or one above it: what is moved into it stops, and so would the VM.
+    #[error(
+        "container's cgroup unexpectedly frozen at {}: write {thaw} there, or give the container another cgroup", file.display()
+    )]
+    Frozen {
+        /// What says so.
+        file: PathBuf,
+        /// What thaws it.
+        thaw: &'static str,
+    },
     /// A limit needs a controller that the host does not have.
     #[error("the host has no cgroup controller \"{name}\", which a limit needs")]
     NoController {

@@ -34,6 +34,7 @@ mod mounts;
 mod network;
 mod oci;
 mod oci_mounts;
+mod oci_process;
 mod oci_sockets;
 mod oci_spec;
 mod oci_update;
