@@ -19,6 +19,7 @@ use crate::devices::Rule;
 use crate::dirs;
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
+use crate::lifeline::Lifeline;
 use crate::mounts::Mounts;
 use crate::process::{Outcome, Process, send};
 use crate::reaper::Reaper;
@@ -110,11 +111,23 @@ pub struct Container {
     phase: Mutex<Phase>,
     /// Held by verbs that change the phase, for as long as they take.
     changing: tokio::sync::Mutex<()>,
+    /// Told of every resumption.
+    resumed: tokio::sync::Notify,
     execs: Mutex<Execs>,
     /// Once it is created, and until all its processes are gone.
     mounts: Mutex<Option<Mounts>>,
     /// Served for as long as there is the container.
     _sockets: Sockets,
+}
+
+/// What is said of an exec beside what it is.
+pub struct Terms<'a> {
+    /// It is killed at the end of the stream from this port of the host, if that is not 0.
+    pub lifeline: u32,
+    /// Its cgroup, by the path below the container's.
+    pub cgroup: &'a str,
+    /// In a container that is paused it is made when that is resumed.
+    pub when_resumed: bool,
 }
 
 #[derive(Default)]
@@ -153,6 +166,7 @@ impl Container {
             shared,
             phase: Mutex::new(Phase::Creating),
             changing: tokio::sync::Mutex::new(()),
+            resumed: tokio::sync::Notify::new(),
             execs: Mutex::default(),
             mounts: Mutex::default(),
             _sockets: sockets,
@@ -270,29 +284,25 @@ impl Container {
         Ok(())
     }
 
-    /// Runs one more process in it, which is killed at the end of the stream from the host's port `lifeline`, if that is not 0.
+    /// Runs one more process in it.
     pub async fn exec(
         &self,
         id: ExecId,
         process: &[u8],
         ports: Ports,
         window: Option<(u16, u16)>,
-        lifeline: u32,
-        cgroup: &str,
+        terms: Terms<'_>,
     ) -> Result<Pid> {
         let mut spec = spec::exec(process, &self.defaults, window)?;
-        if !cgroup.is_empty() {
-            spec.workload.cgroup = Some(spec::cgroup_below(&self.cgroup.path, cgroup)?);
+        if !terms.cgroup.is_empty() {
+            spec.workload.cgroup = Some(spec::cgroup_below(&self.cgroup.path, terms.cgroup)?);
         }
-        // One that has not started has its namespaces and its file system.
-        if !matches!(self.status(), Status::Created | Status::Running) {
-            return Err(self.wrong("exec in"));
-        }
+        self.takes_execs(terms.when_resumed)?;
         if self.defaults.maps_users() {
             spec.workload.user_namespace_of = self.init().map(|init| init.pid().as_raw());
         }
         self.claim(&id)?;
-        let result = self.try_exec(&id, spec, ports, lifeline).await;
+        let result = self.try_exec(&id, spec, ports, terms).await;
         let mut execs = lock(&self.execs);
         match result {
             Ok(process) => {
@@ -312,11 +322,16 @@ impl Container {
         id: &ExecId,
         spec: spec::ExecSpec,
         ports: Ports,
-        lifeline: u32,
+        terms: Terms<'_>,
     ) -> Result<Arc<Process>> {
         let owner = self.defaults.outside(spec.workload.uid);
         let terminal = spec.workload.terminal.is_some();
-        let lifeline = stdio::stream(&*self.shared.connect, lifeline).await?;
+        let lifeline = stdio::stream(&*self.shared.connect, terms.lifeline).await?;
+        let lifeline = lifeline.map(Lifeline::new).transpose();
+        let mut lifeline = lifeline.doing(|| "watching a lifeline".into())?;
+        if terms.when_resumed {
+            self.await_resumption(lifeline.as_mut()).await?;
+        }
         let stdio = Stdio::open(&*self.shared.connect, ports, terminal, owner).await?;
         let file = bundle(&self.id).join(format!("exec-{id}.json"));
         fs::write(&file, &spec.process).doing(|| format!("writing {}", file.display()))?;
@@ -328,15 +343,49 @@ impl Container {
         });
         // libcontainer rewrites the container's state in place, and a second helper must not read it half written.
         let changing = self.changing.lock().await;
-        let launched = self.launch(request, stdio).await;
+        // It may have been paused meanwhile, and with a helper that is frozen halfway it could not be resumed.
+        let launched = match self.takes_execs(false) {
+            Ok(()) => self.launch(request, stdio).await,
+            Err(error) => Err(error),
+        };
         drop(changing);
         // The helper has read it.
         let _ = fs::remove_file(&file);
         let (process, _) = launched?;
         if let Some(lifeline) = lifeline {
-            Process::tie(&process, lifeline)?;
+            Process::tie(&process, lifeline);
         }
         Ok(process)
+    }
+
+    fn takes_execs(&self, when_paused: bool) -> Result<()> {
+        match self.status() {
+            // One that has not started has its namespaces and its file system.
+            Status::Created | Status::Running => Ok(()),
+            Status::Paused if when_paused => Ok(()),
+            Status::Creating | Status::Paused | Status::Stopped => Err(self.wrong("exec in")),
+        }
+    }
+
+    /// Waits until it is not paused any more, however that comes, or whoever holds the lifeline is gone.
+    async fn await_resumption(&self, mut lifeline: Option<&mut Lifeline>) -> Result<()> {
+        loop {
+            let resumed = self.resumed.notified();
+            let Some(init) = self.init().filter(|_| self.status() == Status::Paused) else {
+                return Ok(());
+            };
+            let gone = async {
+                match &mut lifeline {
+                    Some(lifeline) => lifeline.cut().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = resumed => {}
+                _ = init.ended() => {}
+                () = gone => return Err(Error::Ended),
+            }
+        }
     }
 
     /// Takes an exec ID. The ID of a process that has ended may be taken again.
@@ -452,6 +501,7 @@ impl Container {
         let thawed = self.cgroup.freeze(false).await;
         thawed.doing(|| format!("thawing container {}", self.id))?;
         self.swap(|init| Phase::Running { init });
+        self.resumed.notify_waiters();
         Ok(())
     }
 

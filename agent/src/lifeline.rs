@@ -16,7 +16,7 @@ impl Lifeline {
     }
 
     /// Waits for its end, whatever comes through it before.
-    pub async fn cut(mut self) {
+    pub async fn cut(&mut self) {
         let mut ignored = [0; 64];
         while let Ok(1..) = self.0.read(&mut ignored).await {}
     }

@@ -1,7 +1,6 @@
 //! One process the host knows by name: a container's init or an exec. From its start to its end and beyond, as long as
 //! somebody may ask how it ended.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::unistd::Pid;
@@ -59,8 +58,7 @@ impl Process {
     }
 
     /// Kills the process when the host's end of `lifeline` is closed, whatever else comes through it.
-    pub fn tie(process: &Arc<Self>, lifeline: OwnedFd) -> Result<()> {
-        let lifeline = Lifeline::new(lifeline).doing(|| "watching a lifeline".into())?;
+    pub fn tie(process: &Arc<Self>, mut lifeline: Lifeline) {
         let process = Arc::clone(process);
         tokio::spawn(async move {
             tokio::select! {
@@ -71,7 +69,6 @@ impl Process {
                 _ = process.ended() => {}
             }
         });
-        Ok(())
     }
 
     pub fn pid(&self) -> Pid {

@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::boot;
-use crate::container::{Container, Shared, Status};
+use crate::container::{Container, Shared, Status, Terms};
 use crate::cpus;
 use crate::error::{Doing, Error, Result, chain};
 use crate::ids::{ContainerId, ExecId, ProcessId};
@@ -156,7 +156,12 @@ impl Service {
         });
     }
 
-    async fn at_the_cut(&self, id: ContainerId, container: Weak<Container>, lifeline: Lifeline) {
+    async fn at_the_cut(
+        &self,
+        id: ContainerId,
+        container: Weak<Container>,
+        mut lifeline: Lifeline,
+    ) {
         lifeline.cut().await;
         // One that is deleted already is nobody's any more, and its ID may be another's.
         let known = self.containers().get(&id).cloned();
@@ -203,8 +208,11 @@ impl Service {
                 &request.process,
                 ports,
                 window,
-                request.lifeline,
-                &request.cgroup,
+                Terms {
+                    lifeline: request.lifeline,
+                    cgroup: &request.cgroup,
+                    when_resumed: request.when_resumed,
+                },
             )
             .await
             .map(process_response)

@@ -3,9 +3,12 @@
 //!
 //! libcontainer is asked for everything up to the process's identity: namespaces, limits, mounts, devices, masked paths,
 //! sysctls, terminal. Rules for devices are the agent's own (`devices`): libcontainer 0.7 takes a rule that denies writing
-//! not to deny reading and writing. User, capabilities, rlimits, working directory and seccomp are taken out of the spec and done by
-//! `helper::finish`, because libcontainer 0.7
+//! not to deny reading and writing. User, capabilities, rlimits, working directory, seccomp and startContainer hooks are taken out of the
+//! spec and done by `helper::finish`, because libcontainer 0.7
 //! - drops the seccomp filter of every exec (its tenant builder keeps the namespaces only),
+//! - takes the mask of a filter's comparison for its value, and forbids system calls that a profile has never heard of instead of
+//!   denying that they exist (`helper::filter`),
+//! - runs the hooks before it loads the filter, which is to hold for them as well,
 //! - cannot load the filter for `noNewPrivileges: false` (it loads it after the capabilities are gone), and for
 //!   `null` loads it so early that the filter must allow all of libcontainer's own system calls,
 //! - treats missing capabilities as all instead of none,
@@ -30,7 +33,7 @@ use crate::devices::{self, Rule};
 use crate::dirs;
 use crate::error::{Error, Result};
 use crate::ids::ContainerId;
-use crate::workload::{CopyUp, Terminal, Workload};
+use crate::workload::{CopyUp, Start, Terminal, Workload};
 
 /// What an exec takes from its container when its own process says nothing, as runc does.
 #[derive(Debug, Clone)]
@@ -184,6 +187,7 @@ pub fn container(
     workload.mount_changes = propagation(&spec);
     workload.mount_changes.extend(read_only_dev(&spec));
     take_copies(&mut spec, &mut workload);
+    workload.start = take_hooks(id, &mut spec);
     spec.set_process(Some(process)).set_linux(Some(linux));
     Ok(ContainerSpec {
         config: encode(&spec)?,
@@ -293,6 +297,7 @@ fn split(
             _ => defaults.rlimits.clone(),
         },
         seccomp: defaults.seccomp.clone(),
+        start: None,
         terminal,
         user_namespace_of: None,
         new_network: false,
@@ -388,7 +393,7 @@ pub fn cgroup_below(container: &Path, path: &str) -> Result<PathBuf> {
     if !below.components().all(is_plain) || path.contains('\0') {
         return Err(Error::Invalid {
             what: "cgroup",
-            why: format!("{path:?} is no path below the container's cgroup"),
+            why: format!("{path:?} is not a sub cgroup path of the container's cgroup"),
         });
     }
     Ok(container.join(below))
@@ -431,6 +436,20 @@ fn refuse_host_hooks(spec: &Spec) -> Result<()> {
         Some((name, _)) => Err(invalid(format!("hooks.{name} must be run by the host"))),
         None => Ok(()),
     }
+}
+
+/// Takes out the hooks that run in the container.
+fn take_hooks(id: &ContainerId, spec: &mut Spec) -> Option<Start> {
+    let mut hooks = spec.hooks().clone()?;
+    let start = hooks.start_container().clone().filter(|h| !h.is_empty())?;
+    hooks.set_start_container(None);
+    spec.set_hooks(Some(hooks));
+    Some(Start {
+        hooks: start,
+        container_id: id.to_string(),
+        bundle: Path::new(dirs::BUNDLES).join(id.as_str()),
+        annotations: spec.annotations().clone().unwrap_or_default(),
+    })
 }
 
 /// Takes out the settings of the network, which libcontainer refuses where that is not the container's alone. Here it is.

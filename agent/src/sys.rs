@@ -299,6 +299,32 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int
     }
 }
 
+/// Has a program decide on all system calls that this thread makes from here on (seccomp(2)).
+pub fn load_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        // The kernel does not write to it.
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel reads one sock_fprog and as many instructions as that says, all of which live, and verifies them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        -1 => Err(io::Error::last_os_error()),
+        // SECCOMP_FILTER_FLAG_TSYNC: the thread that could not have it.
+        thread => Err(io::Error::other(format!(
+            "thread {thread} has another filter"
+        ))),
+    }
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     match result {
         -1 => Err(io::Error::last_os_error()),

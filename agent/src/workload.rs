@@ -1,9 +1,10 @@
 //! What a container's process becomes once libcontainer has put it into the container: its program, identity, limits
 //! and filter. The agent makes it from the spec, the helper carries it out (`helper::finish`).
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
-use libcontainer::oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, PosixRlimit};
+use libcontainer::oci_spec::runtime::{Hook, LinuxCapabilities, LinuxSeccomp, PosixRlimit};
 use serde::{Deserialize, Serialize};
 
 /// The last steps of a container's process.
@@ -24,6 +25,8 @@ pub struct Workload {
     pub capabilities: LinuxCapabilities,
     pub rlimits: Vec<PosixRlimit>,
     pub seccomp: Option<LinuxSeccomp>,
+    /// What a container's init runs before its program.
+    pub start: Option<Start>,
     pub terminal: Option<Terminal>,
     /// Join the user namespace of this process, a container's init, by its PID outside the container.
     pub user_namespace_of: Option<i32>,
@@ -36,6 +39,15 @@ pub struct Workload {
     /// Mounts of the container that are changed when all are there, and mount(2)'s flags for that: those whose propagation the spec
     /// says, a read-only /dev, and read-only ones that are filled first.
     pub mount_changes: Vec<(PathBuf, u64)>,
+}
+
+/// The startContainer hooks of a container, and what they are told of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Start {
+    pub hooks: Vec<Hook>,
+    pub container_id: String,
+    pub bundle: PathBuf,
+    pub annotations: HashMap<String, String>,
 }
 
 /// A tmpfs that begins with a copy of what it covers.

@@ -1,6 +1,6 @@
 //! The last steps of a container's process, run by libcontainer inside the container: the terminal, working directory,
 //! identity, capabilities and the search for the program before it is reported ready; limits, seccomp and execve(2) once
-//! it is started. `spec` says why libcontainer does not do these itself.
+//! it is started, and the hooks that run in the container. `spec` says why libcontainer does not do these itself.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -13,6 +13,8 @@ use std::rc::Rc;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use libcontainer::capabilities::CapabilityExt;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks;
 use libcontainer::oci_spec::runtime::{Capabilities, Spec};
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
@@ -23,11 +25,12 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
 
-use super::{copy_up, lookup};
+use super::{copy_up, filter, lookup};
 use crate::dirs;
+use crate::error::chain;
 use crate::report::{Failure, FailureKind, Report};
 use crate::sys;
-use crate::workload::{Terminal, Workload};
+use crate::workload::{Start, Terminal, Workload};
 
 /// Most of a container's /etc/passwd that is read for a home directory, bytes.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -168,14 +171,12 @@ impl Finish {
         }
         sys::reset_signals().map_err(|e| internal("resetting signals", e))?;
         if let Some(filter) = &w.seccomp {
-            // Last, so that the filter has to allow nothing but execve(2).
-            libcontainer::seccomp::initialize_seccomp(filter).map_err(|error| Failure {
-                kind: FailureKind::Internal,
-                message: format!(
-                    "loading the seccomp filter: {}",
-                    crate::error::chain(&error)
-                ),
-            })?;
+            // Last, so that the filter has to allow nothing but the hooks and execve(2).
+            filter::load(filter)
+                .map_err(|error| explained("loading the seccomp filter", &error))?;
+        }
+        if let Some(start) = &w.start {
+            run_hooks(start, &w.env)?;
         }
         execve(&program, &args, &env).map_err(|errno| lookup::explain(&w.args[0], errno))
     }
@@ -210,6 +211,34 @@ fn internal(doing: &str, error: impl std::error::Error) -> Failure {
         kind: FailureKind::Internal,
         message: format!("{doing}: {error}"),
     }
+}
+
+fn explained(doing: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure {
+        kind: FailureKind::Internal,
+        message: format!("{doing}: {}", chain(error)),
+    }
+}
+
+/// Runs the startContainer hooks. One without an environment of its own has the container's.
+fn run_hooks(start: &Start, env: &[String]) -> Result<(), Failure> {
+    let mut state = State::new(
+        &start.container_id,
+        ContainerStatus::Created,
+        Some(std::process::id().cast_signed()),
+        start.bundle.clone(),
+    );
+    state.annotations = Some(start.annotations.clone());
+    let env = env.iter().filter_map(|entry| entry.split_once('='));
+    let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    hooks::run_hooks(
+        Some(&start.hooks),
+        Some(&state),
+        None,
+        None,
+        Some(&env.collect()),
+    )
+    .map_err(|error| explained("running the startContainer hooks", &error))
 }
 
 fn c_strings(texts: &[String]) -> Result<Vec<CString>, Failure> {

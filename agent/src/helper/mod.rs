@@ -3,6 +3,7 @@
 //! container's process outlives the helper and becomes PID 1's child.
 
 mod copy_up;
+mod filter;
 mod finish;
 mod lookup;
 mod trace;

@@ -368,3 +368,29 @@ fn a_tmpfs_that_is_filled_first_is_read_only_afterwards() {
     assert_eq!(config["mounts"][0]["options"], json!(["nosuid"]));
     assert_eq!(config["mounts"][1]["options"], json!(["ro"]));
 }
+
+#[test]
+fn hooks_that_run_in_the_container_are_the_agents() {
+    let mut spec = minimal();
+    spec["annotations"] = json!({"a": "b"});
+    spec["hooks"] = json!({
+        "createContainer": [{"path": "/bin/early"}],
+        "startContainer": [{"path": "/bin/late", "timeout": 5}],
+    });
+    let parsed = parse(&spec).unwrap();
+    let start = parsed.workload.start.unwrap();
+    assert_eq!(start.hooks[0].path(), Path::new("/bin/late"));
+    assert_eq!(
+        (start.container_id.as_str(), &start.annotations["a"]),
+        ("c1", &"b".to_owned())
+    );
+    let config: Spec = serde_json::from_slice(&parsed.config).unwrap();
+    let left = config.hooks().as_ref().unwrap();
+    assert_eq!(left.start_container(), &None);
+    assert!(left.create_container().is_some());
+
+    spec["hooks"] = json!({"startContainer": []});
+    assert!(parse(&spec).unwrap().workload.start.is_none());
+    spec["hooks"] = json!({"startContainer": [{}]});
+    assert!(parse(&spec).is_err());
+}

@@ -191,7 +191,7 @@ pub struct Exec {
     /// Only 0: descriptors cannot be handed into a VM
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
-    /// Refused for a container that is paused: nothing runs in it until it is resumed
+    /// In a container that is paused, wait until it is resumed
     #[arg(long)]
     pub ignore_paused: bool,
     /// Refused: AppArmor is not in the guest

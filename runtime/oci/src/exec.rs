@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{
-    Attached, Error, Home, HostCgroup, Id, Lifeline, NewProcess, RawTerminal, Signals, Streams,
+    AgentError, Attached, Error, Event, Home, HostCgroup, Id, Lifeline, NewProcess, RawTerminal,
+    Signals, Streams,
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
@@ -33,6 +34,8 @@ struct Job {
     process: Process,
     /// Below the container's in the guest.
     cgroup: String,
+    /// In a container that is paused it waits for the resumption.
+    when_resumed: bool,
     console_socket: Option<PathBuf>,
 }
 
@@ -43,11 +46,10 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
     match status {
         Status::Stopped => bail!("cannot exec in a stopped container"),
         Status::Creating => bail!("cannot exec in a container that is being created"),
-        Status::Paused if args.ignore_paused => {
-            bail!("--ignore-paused is not supported: use resume first")
+        Status::Paused if !args.ignore_paused => {
+            bail!("cannot exec in a paused container (use resume first)")
         }
-        Status::Paused => bail!("cannot exec in a paused container (use resume first)"),
-        Status::Created | Status::Running => {}
+        Status::Created | Status::Running | Status::Paused => {}
     }
     let mut notes = Vec::new();
     let mut process = process(&container, args)?;
@@ -70,6 +72,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
         record,
         process,
         cgroup: cgroup(&args.cgroup)?,
+        when_resumed: args.ignore_paused,
         console_socket: console_socket.transpose()?,
     };
     if args.detach {
@@ -195,20 +198,20 @@ impl Job {
             other => other.size(),
         };
         agent.hello().await.map_err(Error::from)?;
-        agent
-            .exec(
-                id,
-                NewProcess {
-                    id: exec_id.as_str(),
-                    process: &self.process,
-                    stdio: wiring.stdio.clone(),
-                    tty: size,
-                    lifeline: Some(&lifeline),
-                    cgroup: &self.cgroup,
-                },
-            )
-            .await
-            .map_err(Error::from)?;
+        let process = NewProcess {
+            id: exec_id.as_str(),
+            process: &self.process,
+            stdio: wiring.stdio.clone(),
+            tty: size,
+            lifeline: Some(&lifeline),
+            cgroup: &self.cgroup,
+            when_resumed: self.when_resumed,
+        };
+        let made = agent.exec(id, process);
+        match self.when_resumed {
+            true => unless_signalled(made, &mut signals).await?,
+            false => made.await.map_err(Error::from)?,
+        }
         if let Some(mut channel) = channel {
             channel.tell(&Report::Made).await?;
             channel.expect(&Order::Stay).await?;
@@ -221,6 +224,27 @@ impl Job {
         };
         let status = standin::wait(&attached, wiring, &mut signals).await?;
         Ok(status.code)
+    }
+}
+
+/// Waits for a process that may not be made for long. There is none yet that could take a signal, so that one is the end.
+async fn unless_signalled(
+    made: impl Future<Output = Result<(), AgentError>>,
+    signals: &mut Signals,
+) -> Result<()> {
+    tokio::pin!(made);
+    loop {
+        tokio::select! {
+            biased;
+            made = &mut made => return Ok(made.map_err(Error::from)?),
+            event = signals.next() => match event {
+                Event::Forward(number) => {
+                    bail!("signal {number} came before the container was resumed")
+                }
+                // It is asked for its size when it is made.
+                Event::Resized => {}
+            },
+        }
     }
 }
 

@@ -164,6 +164,8 @@ pub struct NewProcess<'a> {
     pub lifeline: Option<&'a Lifeline>,
     /// Its cgroup, by the path below the container's; empty for that one itself.
     pub cgroup: &'a str,
+    /// In a container that is paused, to wait until it is resumed.
+    pub when_resumed: bool,
 }
 
 /// A connection to the agent. Clones share it.
@@ -323,9 +325,14 @@ impl Agent {
             tty_size: exec.tty.into(),
             lifeline: exec.lifeline.map_or(0, Lifeline::port),
             cgroup: exec.cgroup.into(),
+            when_resumed: exec.when_resumed,
             ..Default::default()
         };
-        let answer = self.client.exec(within(CALL_TIMEOUT), &request).await;
+        let context = match exec.when_resumed {
+            true => Context::default(),
+            false => within(CALL_TIMEOUT),
+        };
+        let answer = self.client.exec(context, &request).await;
         answer.map(drop).map_err(|e| AgentError::new(what, e))
     }
 

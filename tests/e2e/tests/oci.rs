@@ -411,7 +411,7 @@ fn an_exec_can_be_in_a_cgroup_below_the_containers() {
     assert_eq!(succeed(&of("own")), "0::/own\n");
     assert_eq!(succeed(&of("/")), "0::/\n");
     fail(&of("/missing"), 255, &["missing", "No such file"]);
-    fail(&of("../other"), 255, &["no path below"]);
+    fail(&of("../other"), 255, &["is not a sub cgroup path"]);
     fail(&of("cpu:/own"), 255, &["names controllers"]);
 }
 

@@ -44,6 +44,7 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
                     tty: size,
                     lifeline: None,
                     cgroup: "",
+                    when_resumed: false,
                 },
             )
             .await?;
