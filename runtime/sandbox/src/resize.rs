@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use cloison_vmm::{ControlClient, ControlError, Engine, Status};
+use cloison_vmm::{ControlClient, ControlError, Status};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
@@ -49,11 +49,6 @@ impl Resize {
         if size.memory_mib > most.memory_mib || size.vcpus > most.vcpus {
             return Err(Error::NoRoom { wanted: size, most });
         }
-        let size = match before.engine {
-            Engine::Kvm => size,
-            // It cannot give anything back.
-            Engine::Software => most,
-        };
         Ok(Self {
             control,
             before,

@@ -14,6 +14,10 @@ const MIN_MEMORY_MIB: u64 = 6;
 const HOST_OVERHEAD_KVM_MIB: u64 = 64;
 const HOST_OVERHEAD_SOFTWARE_MIB: u64 = 512;
 
+/// Memory of VMs on the software engine, which get all that they can ever have at their start, MiB; larger ones have just what they need. The
+/// fewer sizes there are, the fewer templates are made. One has to copy the kernel's description of the memory, a sixty-fourth of it.
+const SOFTWARE_MEMORY_MIB: [u32; 3] = [DEFAULT_MEMORY_MIB, 2048, 4096];
+
 /// CPUs that a VM can be given while it runs, if the host has as many: this many in any case, and for one that has more of them from its
 /// start, so many times those. Each costs the guest's boot a little, used or not.
 const CPU_ROOM: u8 = 4;
@@ -69,20 +73,23 @@ impl VmSize {
         })
     }
 
-    /// What a VM that starts with this size can be given while it runs: all of the host's memory, for which a place in its address space
-    /// is all it costs, and some CPUs.
+    /// What a VM that starts with this size can be given while it runs: on the KVM engine all of the host's memory, for which a place in its
+    /// address space is all it costs, on the software engine what it is made with; and some CPUs.
     pub fn room(self, engine: Engine) -> Self {
         // Without an answer there is one.
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        match engine {
-            Engine::Kvm => self.room_on(host_memory(), cpus),
-            Engine::Software => self,
-        }
+        self.room_on(engine, host_memory(), cpus)
     }
 
-    fn room_on(self, memory: u64, cpus: usize) -> Self {
-        let memory_mib = u32::try_from(memory >> 20).unwrap_or(u32::MAX);
-        let memory_mib = memory_mib.min(VmSpec::MAX_MEMORY_MIB).max(self.memory_mib);
+    fn room_on(self, engine: Engine, memory: u64, cpus: usize) -> Self {
+        let host = u32::try_from(memory >> 20).unwrap_or(u32::MAX);
+        let memory_mib = match engine {
+            Engine::Kvm => Some(host.min(VmSpec::MAX_MEMORY_MIB)),
+            Engine::Software => SOFTWARE_MEMORY_MIB
+                .into_iter()
+                .find(|mib| (self.memory_mib..=host).contains(mib)),
+        };
+        let memory_mib = memory_mib.unwrap_or(0).max(self.memory_mib);
         let cpus = u8::try_from(cpus).unwrap_or(u8::MAX).min(VmSpec::MAX_VCPUS);
         let room = self.vcpus.saturating_mul(CPU_ROOM_FACTOR).max(CPU_ROOM);
         Self {
@@ -140,14 +147,34 @@ mod tests {
     #[test]
     fn a_vm_has_room_for_what_its_host_has_and_never_less_than_it_starts_with() {
         let size = |memory_mib, vcpus| VmSize { memory_mib, vcpus };
+        let room = |of: VmSize, memory, cpus| of.room_on(Engine::Kvm, memory, cpus);
         let small = size(1024, 1);
-        assert_eq!(small.room_on(8 << 30, 2), size(8192, 2));
-        assert_eq!(small.room_on(8 << 30, 64), size(8192, 4));
-        assert_eq!(size(160, 6).room_on(8 << 30, 64), size(8192, 12));
-        assert_eq!(size(160, 60).room_on(8 << 30, 1000), size(8192, 64));
-        assert_eq!(size(9000, 6).room_on(8 << 30, 4), size(9000, 6));
-        let all = small.room_on(u64::MAX, 1);
+        assert_eq!(room(small, 8 << 30, 2), size(8192, 2));
+        assert_eq!(room(small, 8 << 30, 64), size(8192, 4));
+        assert_eq!(room(size(160, 6), 8 << 30, 64), size(8192, 12));
+        assert_eq!(room(size(160, 60), 8 << 30, 1000), size(8192, 64));
+        assert_eq!(room(size(9000, 6), 8 << 30, 4), size(9000, 6));
+        let all = room(small, u64::MAX, 1);
         assert_eq!(all, size(VmSpec::MAX_MEMORY_MIB, 1));
-        assert_eq!(small.room(Engine::Software), small);
+    }
+
+    #[test]
+    fn a_vm_on_the_software_engine_has_room_up_to_the_next_of_a_few_sizes_that_its_host_has() {
+        let room = |memory_mib, host| {
+            let size = VmSize {
+                memory_mib,
+                vcpus: 1,
+            };
+            let room = size.room_on(Engine::Software, host << 20, 64);
+            assert_eq!(room.vcpus, CPU_ROOM);
+            room.memory_mib
+        };
+        assert_eq!(room(102, 8192), 1024);
+        assert_eq!(room(1024, 8192), 1024);
+        assert_eq!(room(1025, 8192), 2048);
+        assert_eq!(room(3000, 8192), 4096);
+        assert_eq!(room(5000, 8192), 5000);
+        assert_eq!(room(1500, 1800), 1500);
+        assert_eq!(room(100, 900), 100);
     }
 }

@@ -94,10 +94,17 @@ fn a_container_in_the_background_is_looked_at_changed_and_stopped() {
         succeed(&exec("cat /sys/fs/cgroup/memory.max")),
         "62914560\n"
     );
+    let more = |limit| docker.docker(&["update", "-m", limit, "--memory-swap", "-1", "life"]);
+    succeed(&more("400m"));
+    // It runs in memory of the guest.
+    let use_it = exec(
+        "dd if=/dev/zero of=/dev/shm/x bs=1M count=60 2>&1 | tail -n 1; cat /dev/shm/x /dev/shm/x | wc -c; rm /dev/shm/x; cat /sys/fs/cgroup/memory.max",
+    );
+    let used = succeed(&use_it);
+    assert!(used.ends_with("125829120\n419430400\n"), "{used}");
     if engine() == "software" {
-        let more = ["update", "-m", "400m", "--memory-swap", "-1", "life"];
-        fail(&docker.docker(&more), 1, &["cannot be raised", "160 MiB"]);
-        assert_eq!(docker.inspect("life", ".HostConfig.Memory"), "62914560");
+        fail(&more("2g"), 1, &["cannot be raised", "1024 MiB"]);
+        assert_eq!(docker.inspect("life", ".HostConfig.Memory"), "419430400");
     }
     let file = docker.path("file");
     fs::write(&file, "copied\n").unwrap();

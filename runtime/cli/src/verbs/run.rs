@@ -119,7 +119,11 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         id: id.to_string(),
         engine,
         memory_mib: size.memory_mib,
-        max_memory_mib: size.memory_mib,
+        // Where all memory has to be there from the start, one size of VM does for many limits. None can be raised.
+        max_memory_mib: match engine {
+            Engine::Kvm => size.memory_mib,
+            Engine::Software => size.room(engine).memory_mib,
+        },
         vcpus: size.vcpus,
         max_vcpus: size.vcpus,
         spare_nics: 0,

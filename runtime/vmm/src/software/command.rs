@@ -38,6 +38,8 @@ const NET_OPTIONS: [&str; 7] = [
 /// One processor does without its local timer, whose calibration takes the kernel a fifth of a second; more would have to send
 /// each other every tick.
 const ONE_PROCESSOR: &str = " nolapic_timer";
+/// Of several, those beyond the first wait until they are asked for.
+const PROCESSORS: &str = " maxcpus=1";
 
 /// Interrupts need a controller (pic), the kernel calibrates its clocks by the timer (pit), and without a clock of the time
 /// of day (rtc) it looks for one for a second. Firmware tables, option ROMs and a serial port would only cost time.
@@ -181,8 +183,9 @@ pub(super) fn arguments(
         control,
         nics,
     } = inherited;
-    let mib = spec.memory_mib;
-    let accelerator = if spec.vcpus > 1 {
+    // All that the guest may ever have: nothing can be added, and what is not touched costs next to nothing.
+    let mib = spec.max_memory_mib;
+    let accelerator = if spec.max_vcpus > 1 {
         "tcg,thread=multi"
     } else {
         "tcg"
@@ -202,7 +205,7 @@ pub(super) fn arguments(
         .option("-machine", machine)
         .option("-accel", accelerator)
         .option("-cpu", CPU)
-        .option("-smp", spec.vcpus.to_string())
+        .option("-smp", spec.max_vcpus.to_string())
         .option("-m", format!("{mib}M"))
         // Our devices map the guest's memory, so it must be shared; and QEMU leaves it out of the state it saves only if it is a file with a
         // name.
@@ -290,9 +293,15 @@ fn mac_text([a, b, c, d, e, f]: MacAddress) -> String {
 }
 
 fn kernel_command_line(spec: &VmSpec, start: Start, tsc_khz: Option<i64>) -> String {
-    let alone = if spec.vcpus == 1 { ONE_PROCESSOR } else { "" };
+    let processors = match spec.max_vcpus {
+        1 => ONE_PROCESSOR,
+        _ => PROCESSORS,
+    };
     let clock = tsc_khz.map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
-    let mut words = format!("{CMDLINE} {BOUNCE_BUFFERS}{alone}{clock} {}", spec.cmdline);
+    let mut words = format!(
+        "{CMDLINE} {BOUNCE_BUFFERS}{processors}{clock} {}",
+        spec.cmdline
+    );
     if let (Start::Save, Some(template)) = (start, &spec.template) {
         words = format!("{words} {PLACES} {}", template.word);
     }
@@ -326,9 +335,9 @@ mod tests {
         let spec = VmSpec {
             id: "web-1".into(),
             engine: Engine::Software,
-            memory_mib: 192,
+            memory_mib: 96,
             max_memory_mib: 192,
-            vcpus: 2,
+            vcpus: 1,
             max_vcpus: 2,
             spare_nics: 0,
             kernel: "/a dir/vm,linux".into(),
@@ -356,7 +365,7 @@ mod tests {
         assert_eq!(after("-m"), "192M");
         assert_eq!(after("-smp"), "2");
         assert_eq!(after("-accel"), "tcg,thread=multi");
-        assert!(after("-append").ends_with(" tsc_early_khz=2595124 agent.debug quiet"));
+        assert!(after("-append").ends_with(" maxcpus=1 tsc_early_khz=2595124 agent.debug quiet"));
         let net = line
             .iter()
             .find(|word| word.to_str().unwrap().starts_with("virtio-net-device,"));

@@ -81,6 +81,9 @@ pub(crate) struct Qemu {
     /// To the console of a guest that was loaded.
     _input: Option<PipeWriter>,
     vcpus: u8,
+    max_vcpus: u8,
+    /// What the guest may have beyond what it was started with, MiB.
+    hot_memory_mib: u32,
     nics: Vec<Nic>,
     paused: bool,
     reaped: bool,
@@ -116,6 +119,8 @@ impl Qemu {
             monitor,
             _input: None,
             vcpus: spec.vcpus,
+            max_vcpus: spec.max_vcpus,
+            hot_memory_mib: 0,
             nics: Vec::new(),
             paused: false,
             reaped: false,
@@ -306,7 +311,7 @@ impl Machine for Qemu {
     }
 
     fn max_vcpus(&self) -> u8 {
-        self.vcpus
+        self.max_vcpus
     }
 
     fn pause(&mut self) -> Result<(), String> {
@@ -322,15 +327,23 @@ impl Machine for Qemu {
     }
 
     fn hot_memory_mib(&self) -> u32 {
-        0
+        self.hot_memory_mib
     }
 
-    fn resize_vcpus(&mut self, _vcpus: u8) -> Result<(), String> {
-        Err("a VM on the software engine keeps the vCPUs it was started with".into())
+    // The guest has had them all from its start, and they wait there.
+    fn resize_vcpus(&mut self, vcpus: u8) -> Result<(), String> {
+        if !(1..=self.max_vcpus).contains(&vcpus) {
+            let most = self.max_vcpus;
+            return Err(format!("this VM can have 1 to {most} vCPUs, not {vcpus}"));
+        }
+        self.vcpus = vcpus;
+        Ok(())
     }
 
-    fn resize_hot_memory(&mut self, _mib: u32, _done: Option<OwnedFd>) -> Result<(), String> {
-        Err("a VM on the software engine keeps the memory it was started with".into())
+    // It has been there from its start, too; what of it the guest has touched does not come back.
+    fn resize_hot_memory(&mut self, mib: u32, _done: Option<OwnedFd>) -> Result<(), String> {
+        self.hot_memory_mib = self.hot_memory_mib.max(mib);
+        Ok(())
     }
 
     fn nics(&self) -> Vec<Plugged> {

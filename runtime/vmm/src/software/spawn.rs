@@ -121,7 +121,7 @@ fn listen() -> io::Result<(UnixListener, OwnedFd)> {
 fn guest_memory(spec: &VmSpec) -> io::Result<File> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let memory = File::from(memfd_create(c"cloison-guest", flags)?);
-    memory.set_len(u64::from(spec.memory_mib) << 20)?;
+    memory.set_len(u64::from(spec.max_memory_mib) << 20)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(memory)
