@@ -20,7 +20,7 @@ use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 use crate::{Error, Mac, Namespace, Result};
 
 /// Groups of interfaces from this number on are cloison's (ip-link(8)); those of others are small numbers.
-const GROUPS: u32 = 0xc1_0000_00;
+const GROUPS: u32 = 0xc100_0000;
 
 /// Requests to one namespace's kernel side.
 #[derive(Debug, Clone)]

@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_vm_on_the_software_engine_has_room_up_to_the_next_of_a_few_sizes_that_its_host_has() {
-        let room = |memory_mib, host| {
+        let room = |memory_mib, host: u64| {
             let size = VmSize {
                 memory_mib,
                 vcpus: 1,
