@@ -76,7 +76,8 @@ impl Source for Guests<'_> {
             id: String::new(),
             ..self.spec.clone()
         };
-        let fits = self.nics.len() <= MAX_TEMPLATE_NICS && self.spec.max_memory_mib <= MAX_MEMORY_MIB;
+        let fits =
+            self.nics.len() <= MAX_TEMPLATE_NICS && self.spec.max_memory_mib <= MAX_MEMORY_MIB;
         fits.then(|| Kind {
             files: vec![qemu, kernel, initramfs],
             words: arguments(&anyone, &Inherited::default(), Start::Save, None),
