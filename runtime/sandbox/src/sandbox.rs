@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ use cloison_vmm::{
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
+use nix::unistd::{Pid, pipe2};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
@@ -348,12 +348,30 @@ impl Sandbox {
     /// # Errors
     /// When the process survives a SIGKILL, or a mount cannot be taken away.
     pub fn kill(&self) -> Result<(), Error> {
-        // Nobody listens on the socket of a VM process that has ended.
+        let process = self.process();
+        // Nobody listens on the socket of a VM process that ends.
         if let Ok(control) = self.control() {
             self.end_process(&control)?;
         }
+        if let Some(process) = process
+            && !is_over(process.as_fd(), PollFlags::POLLIN, END_TIMEOUT_MS)?
+        {
+            return Err(not_ended());
+        }
         // The mounts are for the sandbox's own processes, of which the caller may be one.
         mounts::detach(&self.shared())
+    }
+
+    /// The VM process, if it has not ended.
+    fn process(&self) -> Option<OwnedFd> {
+        let pid: i32 = fs::read_to_string(self.pid_file()).ok()?.parse().ok()?;
+        let process = host::pidfd(Pid::from_raw(pid)).ok()?;
+        // Its pid may be another's by now.
+        let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut words = command.split(|byte| *byte == 0);
+        words
+            .any(|word| word == self.id.as_str().as_bytes())
+            .then_some(process)
     }
 
     fn end_process(&self, control: &ControlClient) -> Result<(), Error> {
@@ -370,12 +388,10 @@ impl Sandbox {
                 nix::sys::signal::Signal::SIGKILL,
             );
         }
-        if hung_up(control, END_TIMEOUT_MS)? {
-            return Ok(());
+        match hung_up(control, END_TIMEOUT_MS)? {
+            true => Ok(()),
+            false => Err(not_ended()),
         }
-        Err(Error::system("end the VM process")(
-            io::ErrorKind::TimedOut.into(),
-        ))
     }
 
     /// Ends the VM if it runs and removes the sandbox's directory; a sandbox that does not exist is removed already.
@@ -396,8 +412,17 @@ impl Sandbox {
     }
 }
 
+fn not_ended() -> Error {
+    Error::system("end the VM process")(io::ErrorKind::TimedOut.into())
+}
+
 fn hung_up(control: &ControlClient, timeout_ms: u16) -> Result<bool, Error> {
-    let mut fds = [PollFd::new(control.as_fd(), PollFlags::empty())];
+    is_over(control.as_fd(), PollFlags::empty(), timeout_ms)
+}
+
+/// Waits for one of these events of a descriptor, or its hanging up.
+fn is_over(fd: BorrowedFd<'_>, events: PollFlags, timeout_ms: u16) -> Result<bool, Error> {
+    let mut fds = [PollFd::new(fd, events)];
     let ready = poll(&mut fds, PollTimeout::from(timeout_ms))
         .map_err(io::Error::from)
         .map_err(Error::system("wait for the VM process"))?;

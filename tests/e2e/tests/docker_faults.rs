@@ -214,7 +214,7 @@ fn a_guest_whose_kernel_panics_later_is_a_container_that_failed_with_its_last_wo
 
 #[test]
 fn a_host_that_cannot_give_a_vm_its_memory_says_so() {
-    let Some((docker, _dir)) = broken(|_| "ulimit -v 900000".into()) else {
+    let Some((docker, _dir)) = broken(|_| "ulimit -v 1040000".into()) else {
         return;
     };
     let said = refused(&docker);

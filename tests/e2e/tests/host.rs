@@ -254,6 +254,10 @@ impl Host {
             Vec::<String>::new(),
             "directories are left"
         );
+        // The kernel takes a moment to take those apart that were killed.
+        for (pid, _) in self.processes() {
+            await_end(pid);
+        }
         assert_eq!(self.processes(), Vec::new(), "processes are left");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let needle = self.run_dir();
@@ -274,6 +278,26 @@ impl Drop for Host {
             }
         } else {
             self.assert_clean();
+        }
+    }
+}
+
+/// Waits until a process that is not our child is gone.
+pub fn await_end(pid: i32) {
+    let Ok(pidfd) = pidfd(pid) else { return };
+    let mut fds = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(&pidfd),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    assert_eq!(nix::poll::poll(&mut fds, 20_000_u16), Ok(1), "{pid} stays");
+}
+
+fn pidfd(pid: i32) -> std::io::Result<std::os::fd::OwnedFd> {
+    // SAFETY: the system call takes two integers, and the descriptor it returns is nobody else's.
+    unsafe {
+        match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
+            fd @ 0.. => Ok(std::os::fd::FromRawFd::from_raw_fd(fd as i32)),
+            _ => Err(std::io::Error::last_os_error()),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::host::{Host, data, dist, fail, rootfs, succeed, text};
+use crate::host::{Host, await_end, data, dist, fail, rootfs, succeed, text};
 
 /// A bundle, the state directory that its container is in, and the runtime's log.
 pub struct Bundle {
@@ -152,26 +152,6 @@ pub fn arguments(host: &Host) -> Vec<String> {
 
 fn runtime(host: &Host, args: &[&str]) -> Output {
     command(host).args(args).output().unwrap()
-}
-
-/// Waits until a process that is not our child is gone.
-pub fn await_end(pid: i32) {
-    let Ok(pidfd) = pidfd(pid) else { return };
-    let mut fds = [nix::poll::PollFd::new(
-        std::os::fd::AsFd::as_fd(&pidfd),
-        nix::poll::PollFlags::POLLIN,
-    )];
-    assert_eq!(nix::poll::poll(&mut fds, 20_000_u16), Ok(1), "{pid} stays");
-}
-
-fn pidfd(pid: i32) -> std::io::Result<std::os::fd::OwnedFd> {
-    // SAFETY: the system call takes two integers, and the descriptor it returns is nobody else's.
-    unsafe {
-        match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
-            fd @ 0.. => Ok(std::os::fd::FromRawFd::from_raw_fd(fd as i32)),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    }
 }
 
 #[test]

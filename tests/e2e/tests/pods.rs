@@ -7,8 +7,8 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
-use crate::host::{fail, rootfs, succeed, text};
-use crate::oci::{Bundle, await_end, cgroups, command};
+use crate::host::{await_end, fail, rootfs, succeed, text};
+use crate::oci::{Bundle, cgroups, command};
 
 /// What podman's pods share.
 const USUAL: [&str; 3] = ["network", "ipc", "uts"];

@@ -18,7 +18,8 @@ fn a_shell_with_a_terminal_is_interactive() {
     terminal.expect("resized\r\n");
 
     // Until the command runs, the shell's line editor has the terminal in raw mode, where an interrupt is a character.
-    terminal.type_("echo sle''eping; sleep 1000\r");
+    // What says so is what is to be interrupted: it has the terminal by then.
+    terminal.type_("sh -c \"echo sle''eping; exec sleep 1000\"\r");
     terminal.expect("sleeping\r\n");
     terminal.type_("\x03");
     terminal.expect("# ");

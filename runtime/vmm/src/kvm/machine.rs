@@ -123,7 +123,6 @@ impl KvmMachine {
             stop,
             gate: Gate::new(spec.vcpus),
         });
-        bus.start(&shared.stop)?;
         let resumed = match start {
             Start::Boot(_) => {
                 vcpu::point_at(&first, content.entry)?;
@@ -151,8 +150,9 @@ impl KvmMachine {
         })
     }
 
-    /// Lets the guest run, with these devices.
+    /// Lets the guest run, with these devices. All threads are started here, when the process has locked itself in.
     pub(crate) fn serve(&mut self, devices: Devices) -> Result<(), KvmError> {
+        self.bus.start(&self.shared.stop)?;
         let Devices { fs, vsock, nics } = devices;
         self.bus.plug_into(VSOCK_SLOT, "vsock", vsock)?;
         self.bus.plug_into(FS_SLOT, "fs", fs)?;
