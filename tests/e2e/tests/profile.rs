@@ -45,7 +45,10 @@ fn a_profile_can_be_written_as_a_chrome_trace() {
     let file = host.path("trace.json");
     let option = format!("--profile={}", file.display());
     // A command that fails is profiled like any other.
-    let output = host.run(&[&option], &["sh", "-c", "echo out; exit 3"]);
+    let output = host.run(
+        &["--template", "off", &option],
+        &["sh", "-c", "echo out; exit 3"],
+    );
     assert_eq!(output.status.code(), Some(3));
     let trace: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
