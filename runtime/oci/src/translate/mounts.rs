@@ -128,6 +128,10 @@ pub(super) fn adapt(
             if matches!(kind.as_str(), "proc" | "sysfs") {
                 refuse_link(rootfs, mount.destination(), &kind)?;
             }
+            // Nothing is looked for there, and the specification lets it be left out.
+            if mount.source().is_none() {
+                mount.set_source(Some(kind.clone().into()));
+            }
             if kind == "sysfs" && users.is_some() {
                 bind_sysfs(&mut mount, &mut options);
             }
@@ -301,6 +305,17 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_file_system_of_the_guests_needs_no_source_and_a_bind_does() {
+        let proc = json!([{ "destination": "/proc", "type": "proc" }]);
+        let (adapted_proc, _) = adapted(proc, false).unwrap();
+        let source = adapted_proc.mounts[0].source().as_deref();
+        assert_eq!(source, Some(Path::new("proc")));
+        let bind = json!([{ "destination": "/x", "type": "bind" }]);
+        let error = adapted(bind, false).err().unwrap().to_string();
+        assert!(error.contains("source is missing"), "{error}");
     }
 
     #[test]
