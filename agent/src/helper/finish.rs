@@ -23,6 +23,7 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
+use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, getcwd, setgroups, setresgid, setresuid};
 
 use super::{copy_up, filter, lookup};
@@ -263,14 +264,36 @@ fn set_terminal(terminal: &Terminal) -> io::Result<()> {
 }
 
 fn enter(directory: &Path, make: bool) -> Result<(), Errno> {
+    let made = || {
+        fs::create_dir_all(directory)
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    };
     match chdir(directory) {
         Err(Errno::ENOENT) if make => {
-            fs::create_dir_all(directory)
-                .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+            match made() {
+                Err(Errno::EROFS) => with_writable_root(made)?,
+                made => made?,
+            }
             chdir(directory)
         }
         result => result,
     }
+}
+
+/// Does what a read-only root does not allow, before anybody else is there.
+fn with_writable_root(act: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let flags = statvfs("/")?.flags();
+    // Flags of a mount have the same numbers for both calls; the others are its file system's own.
+    let kept = FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC | FsFlags::ST_NOATIME;
+    let kept = MsFlags::from_bits_truncate((flags & kept).bits());
+    let change = |flags| {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | kept | flags;
+        mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+    };
+    change(MsFlags::empty())?;
+    let acted = act();
+    change(MsFlags::MS_RDONLY)?;
+    acted
 }
 
 /// A working directory that was reached through a descriptor of the outside has no path in here (CVE-2024-21626).

@@ -9,6 +9,7 @@ use cloison_vmm::{Chosen, Engine, EngineChoice, VmSpec, choose};
 use oci_spec::runtime::{Hooks, Spec};
 
 use crate::args::Create;
+use crate::capabilities;
 use crate::channel::{Order, VerbEnd};
 use crate::container::{Container, Joined, Phase, Record, SharedMemory, Status};
 use crate::fork::{Child, Side, split, write_pid};
@@ -86,8 +87,9 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
     let config = bundle.join("config.json");
     let text = fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    let spec: Spec = serde_json::from_slice(&text)
+    let (spec, text, unknown) = capabilities::parse(text)
         .with_context(|| format!("cannot understand {}", config.display()))?;
+    unknown.inspect(|note| log.warn(note));
     let mut plan = Plan::new(&args.container, spec.clone(), &bundle, systemd)?;
     let has_socket = args.console_socket.is_some();
     ensure!(

@@ -16,6 +16,7 @@ use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
 use serde_json::{Value, json};
 
 use crate::args::Exec;
+use crate::capabilities;
 use crate::channel::{self, Order, ProcessEnd, Report, VerbEnd};
 use crate::console::{Console, inherited_size, inherited_streams};
 use crate::container::{Container, Record, Status};
@@ -52,7 +53,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
         Status::Created | Status::Running | Status::Paused => {}
     }
     let mut notes = Vec::new();
-    let mut process = process(&container, args)?;
+    let mut process = process(&container, args, log)?;
     translate::adapt_process(&mut process, &mut notes)?;
     for note in &notes {
         log.info(note);
@@ -249,7 +250,7 @@ async fn unless_signalled(
 }
 
 /// The process that the options describe.
-fn process(container: &Container, args: &Exec) -> Result<Process> {
+fn process(container: &Container, args: &Exec, log: &Log) -> Result<Process> {
     ensure!(
         args.preserve_fds == 0,
         "--preserve-fds is not supported: descriptors cannot be handed into a VM"
@@ -266,6 +267,8 @@ fn process(container: &Container, args: &Exec) -> Result<Process> {
                 let root = json!({ "uid": 0, "gid": 0 });
                 members.entry("user").or_insert(root);
             }
+            let left_out = capabilities::leave_out_unknown(&mut process);
+            capabilities::note(&left_out).inspect(|note| log.warn(note));
             serde_json::from_value(process)
         });
         return understood.with_context(|| format!("cannot understand {}", file.display()));

@@ -51,11 +51,11 @@ fn run_one(hook: &Hook, state: &OciState<'_>) -> Result<()> {
     if let Some(name) = args.next() {
         command.arg0(name);
     }
-    command.args(args).env_clear();
-    for variable in hook.env().iter().flatten() {
-        if let Some((name, value)) = variable.split_once('=') {
-            command.env(name, value);
-        }
+    command.args(args);
+    // Without any it has this process's, as with runc.
+    if let Some(env) = hook.env() {
+        command.env_clear();
+        command.envs(env.iter().filter_map(|variable| variable.split_once('=')));
     }
     command
         .stdin(input)
@@ -136,6 +136,16 @@ mod tests {
     fn a_hook_gets_the_state_and_its_own_environment_only() {
         let script = "grep -q '\"pid\":7' && test $MARK = 42 && test -z \"$CARGO\"";
         run("x", Some(&shell(script, None)), &state()).unwrap();
+    }
+
+    #[test]
+    fn a_hook_without_an_environment_gets_this_processs() {
+        let script = "test -n \"$CARGO\" && test -z \"$MARK\"";
+        let mut hooks = shell(script, None);
+        hooks[0].set_env(None);
+        run("x", Some(&hooks), &state()).unwrap();
+        hooks[0].set_env(Some(Vec::new()));
+        run("x", Some(&hooks), &state()).unwrap_err();
     }
 
     #[test]

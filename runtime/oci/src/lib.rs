@@ -5,6 +5,7 @@
 //! gets, its life is the process's in the guest, and its exit status too.
 
 mod args;
+mod capabilities;
 mod channel;
 mod console;
 mod container;

@@ -54,6 +54,28 @@ fn a_scheduler_or_a_personality_that_cannot_be_is_an_error() {
 }
 
 #[test]
+fn what_a_spec_leaves_out_or_asks_in_vain_is_no_error() {
+    let bundle = Bundle::shell("pwd; touch /elsewhere 2>/dev/null || echo read-only; cat /sys/fs/cgroup/pids.max; grep -c ' /proc proc ' /proc/mounts").with(|config| {
+        config["root"]["readonly"] = json!(true);
+        config["process"]["cwd"] = json!("/work/is/done/here");
+        let bounding = &mut config["process"]["capabilities"]["bounding"];
+        let bounding = bounding.as_array_mut().unwrap();
+        bounding.push(json!("CAP_OF_TOMORROW"));
+        config["linux"]["resources"]["pids"] = json!({ "limit": 0 });
+        for mount in config["mounts"].as_array_mut().unwrap() {
+            mount.as_object_mut().unwrap().remove("source");
+        }
+    });
+    let seen = succeed(&bundle.output());
+    assert_eq!(seen, "/work/is/done/here\nread-only\nmax\n1\n");
+    let log = bundle.log();
+    assert!(
+        log.contains("ignoring unknown") && log.contains("CAP_OF_TOMORROW"),
+        "{log}"
+    );
+}
+
+#[test]
 fn dev_is_read_only_when_it_is_to_be_and_its_devices_work() {
     let script = "grep -o '^tmpfs /dev tmpfs ro,nosuid' /proc/mounts; echo > /dev/null && touch /dev/new || echo refused";
     let bundle = Bundle::shell(script).with(|config| {

@@ -270,6 +270,9 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<HostLimits> {
             .set_swap(given(swap));
         resources.set_memory(Some(memory));
     }
+    if resources.pids().is_some_and(|pids| pids.limit() == 0) {
+        resources.set_pids(None);
+    }
     if let Some(block) = resources.block_io() {
         limit_block_io(block, &mut host)?;
     }
