@@ -35,9 +35,14 @@ pub fn explain(name: &str, errno: Errno) -> Failure {
         Errno::ENOENT | Errno::ENOTDIR => FailureKind::NotFound,
         _ => FailureKind::NotExecutable,
     };
+    let why = match errno {
+        // Callers look for the one or the other, by their age: execve(2) says the latter.
+        Errno::EISDIR => "is a directory: permission denied".into(),
+        errno => errno.desc().to_lowercase(),
+    };
     Failure {
         kind,
-        message: format!("exec: {name:?}: {}", errno.desc().to_lowercase()),
+        message: format!("exec: {name:?}: {why}"),
     }
 }
 

@@ -49,6 +49,7 @@ fn what_cannot_be_executed_has_dockers_statuses() {
     let status = |command: &str| docker.run(&["--network", "none"], &[command]).status.code();
     assert_eq!(status("nonsense"), Some(127));
     assert_eq!(status("/etc/passwd"), Some(126));
+    assert_eq!(status("/etc"), Some(126));
 }
 
 #[test]
