@@ -31,6 +31,8 @@ fn main() -> ExitCode {
             );
             ExitCode::FAILURE
         }
-        _ => verbs::main(began),
+        Some(name) if name.starts_with("cloison") => verbs::main(began),
+        // Whoever gave it a name like runc's has put it in a runtime's place.
+        _ => cloison_oci::main(),
     }
 }

@@ -561,6 +561,15 @@ fn the_version_and_the_features_are_what_callers_parse() {
     succeed(&runtime(&host, &["delete", "--force", "gone"]));
 }
 
+#[test]
+fn a_name_of_another_runtimes_is_this_runtimes_too() {
+    let host = Host::new();
+    let name = host.path("runc");
+    std::os::unix::fs::symlink(dist().join("cloison"), &name).unwrap();
+    let output = Command::new(&name).arg("--version").output().unwrap();
+    assert_eq!(succeed(&output), succeed(&runtime(&host, &["--version"])),);
+}
+
 /// A caller that takes the terminal of a container at a console socket.
 struct Recipient {
     listener: UnixListener,
