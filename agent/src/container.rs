@@ -2,7 +2,6 @@
 //! verbs that change the phase wait for each other; signals, waits and questions never do.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,7 +24,7 @@ use crate::process::{Outcome, Process, send};
 use crate::reaper::Reaper;
 use crate::report::{Create, Exec, Request, Update};
 use crate::sockets::Sockets;
-use crate::spawn::{self, Reports};
+use crate::spawn::{self, Inherited, Reports};
 use crate::spec::{self, ContainerSpec, Defaults};
 use crate::stdio::{self, Ports, Stdio, Streams};
 
@@ -220,6 +219,7 @@ impl Container {
             bundle,
             cpus: self.shared.cpus(spec.cpus),
             stdio: stdio.for_helper(),
+            preserved: stdio.preserved(),
             workload: spec.workload,
         });
         let (init, reports) = self.launch(request, stdio).await?;
@@ -236,10 +236,7 @@ impl Container {
     /// Has the helper make a process with these streams.
     async fn launch(&self, request: Request, stdio: Stdio) -> Result<(Arc<Process>, Reports)> {
         let expectation = self.shared.reaper.expect();
-        let helper = {
-            let inherited: Vec<BorrowedFd<'_>> = stdio.inherited();
-            spawn::helper(&expectation, &request, &inherited)?
-        };
+        let helper = spawn::helper(&expectation, &request, &stdio.inherited())?;
         let (pid, reports) = helper.answer().await?;
         let pid = pid.map(Pid::from_raw).ok_or_else(|| Error::Invalid {
             what: "answer of the helper",
@@ -339,6 +336,7 @@ impl Container {
             container_id: self.id.as_str().to_owned(),
             process: file.clone(),
             stdio: stdio.for_helper(),
+            preserved: stdio.preserved(),
             workload: spec.workload,
         });
         // libcontainer rewrites the container's state in place, and a second helper must not read it half written.
@@ -530,7 +528,7 @@ impl Container {
         });
         // In the helper, because lowering a memory limit may take as long as the kernel needs to reclaim.
         let expectation = self.shared.reaper.expect();
-        let helper = spawn::helper(&expectation, &request, &[])?;
+        let helper = spawn::helper(&expectation, &request, &Inherited::default())?;
         drop(expectation);
         helper.answer().await.map(drop)
     }

@@ -18,6 +18,7 @@ mod joined;
 mod lifeline;
 mod mounts;
 mod netlink;
+mod preserved;
 mod process;
 mod pump;
 mod random;

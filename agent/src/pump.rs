@@ -24,6 +24,9 @@ const SPLICE: usize = 1 << 20;
 /// Buffer of each direction of a terminal, bytes. A terminal's own buffer holds 4 KiB (n_tty).
 const TERMINAL_BUFFER: usize = 16 << 10;
 
+/// Buffer of each direction of a socket, bytes.
+const SOCKET_BUFFER: usize = 64 << 10;
+
 /// Tells an output pump that its process has ended, and tells others that the pump has sent all the process wrote.
 pub struct Ending {
     /// Becomes true when the process has ended.
@@ -33,6 +36,14 @@ pub struct Ending {
 }
 
 impl Ending {
+    /// For what moves nothing that a process has written.
+    fn nobodys() -> Self {
+        Self {
+            exited: watch::Sender::new(false).subscribe(),
+            drained: watch::Sender::new(false),
+        }
+    }
+
     /// To be called when the source has nothing to read; `exited` is looked at before that is known.
     fn note(&self, exited: bool) {
         if exited {
@@ -116,6 +127,67 @@ pub async fn terminal(
     result
 }
 
+/// Moves bytes both ways between a process's socket, by the one that it is connected with, and one stream. Each direction ends by itself,
+/// and its end is passed on; when the process has closed its socket, nobody is there to take what still comes, and both have ended.
+pub async fn socket(near: OwnedFd, socket: OwnedFd, ending: Ending) -> io::Result<()> {
+    let near = sys::register(near, Interest::READABLE | Interest::WRITABLE)?;
+    let socket = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
+    let (output, input) = tokio::join!(
+        direction(&near, &socket, ending),
+        direction(&socket, &near, Ending::nobodys())
+    );
+    output.and(input)
+}
+
+/// One direction between two sockets, to its end.
+async fn direction(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    ending: Ending,
+) -> io::Result<()> {
+    let result = tokio::select! {
+        result = carry(from, to, &ending) => result,
+        // Nobody will read what still comes.
+        result = refused(to) => result,
+    };
+    // Either's other end may be gone.
+    let _ = shutdown(to.as_raw_fd(), Shutdown::Write);
+    let _ = shutdown(from.as_raw_fd(), Shutdown::Read);
+    result
+}
+
+async fn carry(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, ending: &Ending) -> io::Result<()> {
+    let mut buffer = vec![0; SOCKET_BUFFER];
+    let mut exited = ending.exited.clone();
+    loop {
+        let over = *exited.borrow_and_update();
+        match recv(from.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Ok(0) => return Ok(()),
+            Ok(count) => send_all(to, &buffer[..count]).await?,
+            Err(Errno::EAGAIN) => {
+                forget(from, Interest::READABLE);
+                ending.note(over);
+                tokio::select! {
+                    result = again(from, Interest::READABLE, PollFlags::POLLIN) => result?,
+                    Ok(()) = exited.changed() => {}
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+async fn send_all(socket: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let sent = socket.async_io(Interest::WRITABLE, |socket| {
+            Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
+        });
+        bytes = &bytes[sent.await?..];
+    }
+    Ok(())
+}
+
 /// Reads a terminal that has no stream, so that its processes neither stall nor are hung up.
 pub async fn discard(terminal: Arc<AsyncFd<OwnedFd>>) -> io::Result<()> {
     let mut buffer = vec![0; TERMINAL_BUFFER];
@@ -145,17 +217,7 @@ async fn terminal_output(
         match read(terminal.get_ref(), &mut buffer) {
             // EIO: no process has the other side open.
             Ok(0) | Err(Errno::EIO) => return Ok(()),
-            Ok(count) => {
-                let mut rest = &buffer[..count];
-                while !rest.is_empty() {
-                    let sent = socket
-                        .async_io(Interest::WRITABLE, |socket| {
-                            Ok(send(socket.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL)?)
-                        })
-                        .await?;
-                    rest = &rest[sent..];
-                }
-            }
+            Ok(count) => send_all(socket, &buffer[..count]).await?,
             Err(Errno::EAGAIN) => {
                 forget(terminal, Interest::READABLE);
                 ending.note(over);

@@ -29,6 +29,8 @@ pub struct Create {
     /// How many CPUs of the guest's it is to have.
     pub cpus: u32,
     pub stdio: ChildStdio,
+    /// How many descriptors the process has beside stdio. The helper has them under the same numbers.
+    pub preserved: usize,
     pub workload: Workload,
 }
 
@@ -39,6 +41,8 @@ pub struct Exec {
     /// File with the OCI Process as libcontainer gets it.
     pub process: PathBuf,
     pub stdio: ChildStdio,
+    /// How many descriptors the process has beside stdio. The helper has them under the same numbers.
+    pub preserved: usize,
     pub workload: Workload,
 }
 

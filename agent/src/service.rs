@@ -33,6 +33,7 @@ use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::interfaces::{self, Interfaces};
 use crate::joined;
 use crate::lifeline::Lifeline;
+use crate::preserved;
 use crate::random;
 use crate::resolver::Resolver;
 use crate::slots;
@@ -120,6 +121,7 @@ impl Service {
     async fn create(self, request: CreateContainerRequest) -> Result<ProcessResponse> {
         let id = container_id(&request.container_id)?;
         let window = window(request.tty_size.as_ref())?;
+        let ports = ports(request.stdio.as_ref())?;
         let (sockets, spec) = Sockets::open(&request.sockets, &request.spec, &self.shared)?;
         let spec = joined::fill_in(&request.namespaces, spec, |id| self.init(id))?;
         let spec = spec::container(&id, &spec, window)?;
@@ -129,7 +131,7 @@ impl Service {
         let shared = Arc::clone(&self.shared);
         let container = Arc::new(Container::new(id.clone(), &spec, sockets, shared));
         self.add(&id, &container)?;
-        let created = container.create(spec, ports(request.stdio.as_ref())).await;
+        let created = container.create(spec, ports).await;
         match (&created, lifeline) {
             (Err(_), _) => drop(self.containers().remove(&id)),
             (Ok(_), Some(lifeline)) => self.tie(id, &container, lifeline),
@@ -201,7 +203,7 @@ impl Service {
             source,
         })?;
         let window = window(request.tty_size.as_ref())?;
-        let ports = ports(request.stdio.as_ref());
+        let ports = ports(request.stdio.as_ref())?;
         container
             .exec(
                 exec,
@@ -307,11 +309,15 @@ fn process_id(text: &str) -> Result<ProcessId> {
     })
 }
 
-fn ports(stdio: Option<&Stdio>) -> Ports {
-    stdio.map_or(Ports::default(), |stdio| Ports {
+fn ports(stdio: Option<&Stdio>) -> Result<Ports> {
+    let Some(stdio) = stdio else {
+        return Ok(Ports::default());
+    };
+    Ok(Ports {
         stdin: stdio.stdin,
         stdout: stdio.stdout,
         stderr: stdio.stderr,
+        preserved: preserved::read(&stdio.preserved)?,
     })
 }
 

@@ -14,6 +14,7 @@ use tokio::net::unix::pipe;
 
 use crate::error::{Doing, Error, Result};
 use crate::helper;
+use crate::preserved;
 use crate::reaper::{Exit, ExitWatch, Expectation, ended};
 use crate::report::{Failure, FailureKind, MAX_LINE, Report, Request};
 
@@ -29,18 +30,37 @@ pub struct Helper {
     pub exit: ExitWatch,
 }
 
-/// Starts a helper that inherits `descriptors` under the numbers they have here.
+/// Descriptors that a helper inherits. None of them has, here, one of the numbers that the preserved ones get there.
+#[derive(Default)]
+pub struct Inherited<'a> {
+    /// From number 3 on, in this order.
+    pub preserved: Vec<BorrowedFd<'a>>,
+    /// Under the numbers they have here.
+    pub others: Vec<BorrowedFd<'a>>,
+}
+
+/// Starts a helper.
 pub fn helper(
     expectation: &Expectation,
     request: &Request,
-    descriptors: &[BorrowedFd<'_>],
+    inherited: &Inherited<'_>,
 ) -> Result<Helper> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC).doing(|| "making the helper's pipe".into())?;
-    let request = document(request).doing(|| "writing the helper's request".into())?;
+    let numbers = (preserved::FIRST..).take(inherited.preserved.len());
+    let lowest = numbers.clone().last().map_or(0, |last| last + 1);
+    let own = || -> io::Result<_> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        Ok((read, preserved::above(write, lowest)?))
+    };
+    let (read, write) = own().doing(|| "making the helper's pipe".into())?;
+    let request = document(request).and_then(|file| preserved::above(file, lowest));
+    let request = request.doing(|| "writing the helper's request".into())?;
     let spawn = || -> nix::Result<nix::unistd::Pid> {
         let mut actions = PosixSpawnFileActions::init()?;
+        for (descriptor, number) in inherited.preserved.iter().zip(numbers) {
+            actions.add_dup2(descriptor.as_raw_fd(), number)?;
+        }
         let own = [request.as_fd(), write.as_fd()];
-        for descriptor in descriptors.iter().chain(&own) {
+        for descriptor in inherited.others.iter().chain(&own) {
             // Onto itself: POSIX says this only clears close-on-exec, in the child alone.
             actions.add_dup2(descriptor.as_raw_fd(), descriptor.as_raw_fd())?;
         }

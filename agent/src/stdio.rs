@@ -1,9 +1,9 @@
-//! A process's standard streams: which streams to the host there are, what the process gets in their place, and the
-//! pumps between the two. The process never gets a socket: pipes and terminals can be opened again through
-//! /dev/stdout, sockets cannot.
+//! A process's standard streams, and what else it has open from its start: which streams to the host there are, what the process gets
+//! in their place, and the pumps between the two. It gets a socket only where its caller had one: pipes and terminals can be opened
+//! again through /dev/stdout, sockets cannot.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::{fs, os::fd::AsRawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Uid, fchown, pipe2};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,8 +21,10 @@ use tokio::task::AbortHandle;
 use crate::connect::Connect;
 use crate::dirs;
 use crate::error::{Doing, Result};
+use crate::preserved::{self, Descriptor};
 use crate::pump;
 use crate::report::ChildStdio;
+use crate::spawn::Inherited;
 use crate::sys;
 
 /// What a stream's socket takes from the host before it is read, bytes.
@@ -31,26 +34,50 @@ pub const SOCKET_BUFFER: u64 = 1 << 20;
 const PIPE_BUFFER: i32 = 1 << 20;
 
 /// Host ports of a process's streams; 0: no stream.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ports {
     pub stdin: u32,
     pub stdout: u32,
     pub stderr: u32,
+    /// What it has beside these, from number 3 on.
+    pub preserved: Vec<Descriptor>,
 }
 
-/// Streams that are connected, for a process that does not exist yet.
-pub enum Stdio {
-    Pipes {
-        /// What the process gets: the pipes' far ends, or /dev/null.
-        child: [OwnedFd; 3],
-        /// Socket and pipe, where there is a stream.
-        near: [Option<(OwnedFd, OwnedFd)>; 3],
-    },
+/// Descriptors of a process that does not exist yet, with their streams connected.
+pub struct Stdio {
+    standard: Standard,
+    preserved: Vec<End>,
+}
+
+enum Standard {
+    /// Standard input, output and error.
+    Separate([End; 3]),
     Terminal {
         socket: Option<OwnedFd>,
         listener: UnixListener,
         path: ConsolePath,
     },
+}
+
+/// One descriptor of a process.
+struct End {
+    /// What the process gets: the far end of a pipe or a pair of sockets, or a file.
+    far: OwnedFd,
+    stream: Option<Stream>,
+}
+
+/// What a pump moves bytes between.
+struct Stream {
+    kind: Kind,
+    near: OwnedFd,
+    socket: OwnedFd,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Input,
+    Output,
+    Socket,
 }
 
 /// The path of a console socket; the file goes with it.
@@ -72,71 +99,70 @@ impl Stdio {
         terminal: bool,
         owner: Option<u32>,
     ) -> Result<Self> {
-        if terminal {
+        let count = RawFd::try_from(ports.preserved.len()).unwrap_or(RawFd::MAX);
+        // The helper has all of these, and the preserved ones under the numbers that the process is going to have them under.
+        let lowest = preserved::FIRST.saturating_add(count);
+        let standard = if terminal {
             let socket = stream(connect, ports.stdin).await?;
             let (listener, path) = console().doing(|| "making the console's socket".into())?;
-            return Ok(Self::Terminal {
+            Standard::Terminal {
                 socket,
                 listener,
                 path,
-            });
+            }
+        } else {
+            let stdin = End::standard(connect, ports.stdin, Kind::Input, owner).await?;
+            let stdout = End::standard(connect, ports.stdout, Kind::Output, owner).await?;
+            let stderr = End::standard(connect, ports.stderr, Kind::Output, owner).await?;
+            let [stdin, stdout, stderr] = [stdin, stdout, stderr].map(|end| end.above(lowest));
+            Standard::Separate([stdin?, stdout?, stderr?])
+        };
+        let mut preserved = Vec::with_capacity(ports.preserved.len());
+        for wanted in &ports.preserved {
+            preserved.push(
+                End::preserved(connect, wanted, owner)
+                    .await?
+                    .above(lowest)?,
+            );
         }
-        let mut child = Vec::with_capacity(3);
-        let mut near = [None, None, None];
-        let streams = [
-            (ports.stdin, true),
-            (ports.stdout, false),
-            (ports.stderr, false),
-        ];
-        for (slot, (port, input)) in near.iter_mut().zip(streams) {
-            let Some(socket) = stream(connect, port).await? else {
-                child.push(null(input).doing(|| "opening /dev/null".into())?);
-                continue;
-            };
-            let (far, pipe) = pipe(input, owner).doing(|| "making a pipe".into())?;
-            child.push(far);
-            *slot = Some((socket, pipe));
-        }
-        match <[OwnedFd; 3]>::try_from(child) {
-            Ok(child) => Ok(Self::Pipes { child, near }),
-            Err(_) => unreachable!("one descriptor was pushed for each of three streams"),
-        }
+        Ok(Self {
+            standard,
+            preserved,
+        })
     }
 
     /// What to tell the helper.
     pub fn for_helper(&self) -> ChildStdio {
-        match self {
-            Self::Pipes { child, .. } => {
-                ChildStdio::Descriptors(child.each_ref().map(|fd| fd.as_raw_fd()))
+        match &self.standard {
+            Standard::Separate(ends) => {
+                ChildStdio::Descriptors(ends.each_ref().map(|end| end.far.as_raw_fd()))
             }
-            Self::Terminal { path, .. } => ChildStdio::Terminal(path.0.clone()),
+            Standard::Terminal { path, .. } => ChildStdio::Terminal(path.0.clone()),
         }
+    }
+
+    /// How many descriptors the process has beside stdio.
+    pub fn preserved(&self) -> usize {
+        self.preserved.len()
     }
 
     /// What the helper must inherit.
-    pub fn inherited(&self) -> Vec<BorrowedFd<'_>> {
-        match self {
-            Self::Pipes { child, .. } => child.iter().map(AsFd::as_fd).collect(),
-            Self::Terminal { .. } => Vec::new(),
+    pub fn inherited(&self) -> Inherited<'_> {
+        Inherited {
+            preserved: self.preserved.iter().map(End::far).collect(),
+            others: match &self.standard {
+                Standard::Separate(ends) => ends.iter().map(End::far).collect(),
+                Standard::Terminal { .. } => Vec::new(),
+            },
         }
     }
 
-    /// Starts the pumps. The process exists: it has its pipes, or its terminal waits at the console socket.
+    /// Starts the pumps. The process exists: it has its descriptors, or its terminal waits at the console socket.
     pub fn start(self) -> Result<Streams> {
         let mut streams = Streams::new();
-        match self {
-            Self::Pipes { child, near } => {
-                drop(child);
-                let [stdin, stdout, stderr] = near;
-                if let Some((socket, pipe)) = stdin {
-                    streams.spawn(pump::input(socket, pipe));
-                }
-                for (socket, pipe) in [stdout, stderr].into_iter().flatten() {
-                    let ending = streams.ending();
-                    streams.spawn(pump::output(pipe, socket, ending));
-                }
-            }
-            Self::Terminal {
+        match self.standard {
+            Standard::Separate(ends) => streams.pump(ends),
+            Standard::Terminal {
                 socket,
                 listener,
                 path,
@@ -154,19 +180,83 @@ impl Stdio {
                 }
             }
         }
+        streams.pump(self.preserved);
         Ok(streams)
+    }
+}
+
+impl End {
+    fn far(&self) -> BorrowedFd<'_> {
+        self.far.as_fd()
+    }
+
+    /// /dev/null without a stream.
+    async fn standard(
+        connect: &dyn Connect,
+        port: u32,
+        kind: Kind,
+        owner: Option<u32>,
+    ) -> Result<Self> {
+        match stream(connect, port).await? {
+            Some(socket) => Self::carried(socket, kind, owner),
+            None => {
+                let far = null(matches!(kind, Kind::Input));
+                let far = far.doing(|| "opening /dev/null".into())?;
+                Ok(Self { far, stream: None })
+            }
+        }
+    }
+
+    async fn preserved(
+        connect: &dyn Connect,
+        wanted: &Descriptor,
+        owner: Option<u32>,
+    ) -> Result<Self> {
+        let (port, kind) = match wanted {
+            Descriptor::Input(port) => (*port, Kind::Input),
+            Descriptor::Output(port) => (*port, Kind::Output),
+            Descriptor::Socket(port) => (*port, Kind::Socket),
+            Descriptor::Opened(file) => {
+                let far = file.open();
+                let far = far.doing(|| format!("opening {}", file.path().display()))?;
+                return Ok(Self { far, stream: None });
+            }
+        };
+        Self::carried(connected(connect, port).await?, kind, owner)
+    }
+
+    fn carried(socket: OwnedFd, kind: Kind, owner: Option<u32>) -> Result<Self> {
+        let ends = match kind {
+            Kind::Input => pipe(true, owner),
+            Kind::Output => pipe(false, owner),
+            Kind::Socket => pair(),
+        };
+        let (far, near) = ends.doing(|| "making a pipe".into())?;
+        let stream = Stream { kind, near, socket };
+        Ok(Self {
+            far,
+            stream: Some(stream),
+        })
+    }
+
+    fn above(self, lowest: RawFd) -> Result<Self> {
+        let far = preserved::above(self.far, lowest);
+        let far = far.doing(|| "moving a descriptor out of the way".into())?;
+        Ok(Self { far, ..self })
     }
 }
 
 /// The stream from a port of the host; none for port 0.
 pub async fn stream(connect: &dyn Connect, port: u32) -> Result<Option<OwnedFd>> {
-    if port == 0 {
-        return Ok(None);
+    match port {
+        0 => Ok(None),
+        _ => connected(connect, port).await.map(Some),
     }
+}
+
+async fn connected(connect: &dyn Connect, port: u32) -> Result<OwnedFd> {
     let socket = connect.connect(port).await;
-    socket
-        .map(Some)
-        .doing(|| format!("connecting to the host's port {port} for a stream"))
+    socket.doing(|| format!("connecting to the host's port {port} for a stream"))
 }
 
 fn null(input: bool) -> io::Result<OwnedFd> {
@@ -186,6 +276,18 @@ fn pipe(input: bool, owner: Option<u32>) -> nix::Result<(OwnedFd, OwnedFd)> {
     let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BUFFER));
     let (far, near) = if input { (read, write) } else { (write, read) };
     // Of the near end alone: the two ends have flags of their own, and the process expects a blocking one.
+    fcntl(&near, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok((far, near))
+}
+
+/// A connected socket for the process, and the one that it is connected with.
+fn pair() -> nix::Result<(OwnedFd, OwnedFd)> {
+    let (far, near) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
     fcntl(&near, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((far, near))
 }
@@ -236,6 +338,23 @@ impl Streams {
         pump::Ending {
             exited: self.exited.subscribe(),
             drained,
+        }
+    }
+
+    /// Starts the pumps of a process that has its ends.
+    fn pump(&mut self, ends: impl IntoIterator<Item = End>) {
+        for Stream { kind, near, socket } in ends.into_iter().filter_map(|end| end.stream) {
+            match kind {
+                Kind::Input => self.spawn(pump::input(socket, near)),
+                Kind::Output => {
+                    let ending = self.ending();
+                    self.spawn(pump::output(near, socket, ending));
+                }
+                Kind::Socket => {
+                    let ending = self.ending();
+                    self.spawn(pump::socket(near, socket, ending));
+                }
+            }
         }
     }
 

@@ -14,7 +14,7 @@ pub use generated::{agent, agent_ttrpc};
 
 /// Version of the protocol. Raised by every change an older peer would misunderstand; the two sides work together only when
 /// they say the same number in `Hello`.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// The host's vsock context ID (virtio 1.3 §5.10.4, VMADDR_CID_HOST).
 pub const HOST_CID: u32 = 2;
@@ -39,6 +39,19 @@ pub const TEMPLATE_NIC_SLOTS: [u32; 3] = [2, 3, 4];
 
 /// The most bytes of `HelloRequest.entropy`.
 pub const MAX_ENTROPY: usize = 256;
+
+/// The most descriptors that a process is given beside stdio, `Stdio.preserved`.
+pub const MAX_PRESERVED: usize = 64;
+
+/// Devices that a process's descriptor can be of: files below /dev, and their minor numbers as the kernel's own have them, with major number 1
+/// (Documentation/admin-guide/devices.txt).
+pub const DEVICES: [(&str, u32); 5] = [
+    ("/dev/null", 3),
+    ("/dev/zero", 5),
+    ("/dev/full", 7),
+    ("/dev/random", 8),
+    ("/dev/urandom", 9),
+];
 
 /// Tag of the virtio-fs device through which the host shares files with the guest (virtio 1.3 §5.11.4, at most 36 bytes).
 pub const SHARED_TAG: &str = "cloison";

@@ -85,7 +85,7 @@ fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
     // First, since a set of CPUs can hold only those that are online.
     cpus::bring_online(create.cpus).map_err(|error| error.to_string())?;
     let workload = finish(create.workload, report)?;
-    let container = builder(create.container_id, create.stdio)
+    let container = builder(create.container_id, create.stdio, create.preserved)
         .and_then(|builder| {
             builder
                 .with_executor(workload)
@@ -104,7 +104,7 @@ fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
 fn run_exec(exec: Exec, report: &OwnedFd) -> Result<Report, String> {
     let workload = finish(exec.workload, report)?;
     mark_running(&exec.container_id).map_err(|error| describe(&error))?;
-    builder(exec.container_id, exec.stdio)
+    builder(exec.container_id, exec.stdio, exec.preserved)
         .and_then(|builder| {
             builder
                 .with_executor(workload)
@@ -132,9 +132,17 @@ fn mark_running(container_id: &str) -> Result<(), LibcontainerError> {
     Ok(())
 }
 
-fn builder(container_id: String, stdio: ChildStdio) -> Result<ContainerBuilder, LibcontainerError> {
-    let builder =
-        ContainerBuilder::new(container_id, SyscallType::default()).with_root_path(dirs::STATE)?;
+/// libcontainer leaves as many descriptors as are preserved open for the process, from number 3 on, where they are already.
+fn builder(
+    container_id: String,
+    stdio: ChildStdio,
+    preserved: usize,
+) -> Result<ContainerBuilder, LibcontainerError> {
+    let preserved = i32::try_from(preserved)
+        .map_err(|error| LibcontainerError::Other(format!("preserved descriptors: {error}")))?;
+    let builder = ContainerBuilder::new(container_id, SyscallType::default())
+        .with_root_path(dirs::STATE)?
+        .with_preserved_fds(preserved);
     Ok(match stdio {
         ChildStdio::Terminal(console) => builder.with_console_socket(Some(console)),
         ChildStdio::Descriptors(numbers) => {

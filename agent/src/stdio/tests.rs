@@ -38,18 +38,22 @@ const ALL: Ports = Ports {
     stdin: 10,
     stdout: 11,
     stderr: 12,
+    preserved: Vec::new(),
 };
+
+/// What the process holds of a descriptor.
+fn held(end: &End) -> fs::File {
+    end.far.try_clone().unwrap().into()
+}
 
 /// What a process with these streams would hold, the pumps, and the host's ends.
 async fn process(ports: Ports) -> ([fs::File; 3], Streams, Pairs) {
     let pairs = Pairs::default();
     let stdio = Stdio::open(&pairs, ports, false, None).await.unwrap();
-    let Stdio::Pipes { child, .. } = &stdio else {
+    let Standard::Separate(ends) = &stdio.standard else {
         panic!("no terminal was asked for")
     };
-    let held = child
-        .each_ref()
-        .map(|fd| fs::File::from(fd.try_clone().unwrap()));
+    let held = ends.each_ref().map(held);
     (held, stdio.start().unwrap(), pairs)
 }
 
@@ -244,6 +248,146 @@ async fn a_stream_the_host_refuses_is_an_error_that_names_it() {
         .err()
         .unwrap();
     assert!(error.to_string().contains("port 999"), "{error}");
+}
+
+/// What a process holds of one preserved descriptor, the pumps, and the host's end.
+async fn preserved(wanted: fn(u32) -> Descriptor) -> (fs::File, Streams, UnixStream) {
+    let pairs = Pairs::default();
+    let ports = Ports {
+        preserved: vec![wanted(20)],
+        ..Ports::default()
+    };
+    let stdio = Stdio::open(&pairs, ports, false, None).await.unwrap();
+    let held = held(&stdio.preserved[0]);
+    (held, stdio.start().unwrap(), pairs.host(20))
+}
+
+#[tokio::test]
+async fn preserved_pipes_are_carried_like_stdio() {
+    let (mut process, streams, mut host) = preserved(Descriptor::Output).await;
+    process.write_all(b"last words").unwrap();
+    streams.process_ended();
+    streams.drained().await;
+    let mut text = [0; 10];
+    host.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"last words");
+
+    let (mut process, _streams, mut host) = preserved(Descriptor::Input).await;
+    host.write_all(b"first words").unwrap();
+    drop(host);
+    let text = blocking(move || {
+        let mut text = String::new();
+        process.read_to_string(&mut text).map(|_| text).unwrap()
+    });
+    assert_eq!(text.await, "first words");
+}
+
+#[tokio::test]
+async fn a_socket_carries_megabytes_both_ways_and_each_end_is_passed_on() {
+    let (process, _streams, host) = preserved(Descriptor::Socket).await;
+    let process = UnixStream::from(OwnedFd::from(process));
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+    let talk = |socket: UnixStream, sent: Vec<u8>| {
+        move || {
+            let mut received = Vec::new();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    (&socket).write_all(&sent).unwrap();
+                    socket.shutdown(std::net::Shutdown::Write).unwrap();
+                });
+                (&socket).read_to_end(&mut received).unwrap();
+            });
+            received
+        }
+    };
+    let (ours, theirs) = tokio::join!(
+        blocking(talk(process, sent.clone())),
+        blocking(talk(host, sent.clone()))
+    );
+    assert!(ours == sent && theirs == sent);
+}
+
+#[tokio::test]
+async fn one_half_of_a_socket_goes_on_after_the_other_has_ended() {
+    let (process, _streams, mut host) = preserved(Descriptor::Socket).await;
+    let mut process = UnixStream::from(OwnedFd::from(process));
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    let process = blocking(move || {
+        assert_eq!(process.read(&mut [0; 1]).unwrap(), 0);
+        process.write_all(b"after the end").unwrap();
+        process
+    });
+    let process = process.await;
+    let text = blocking(move || {
+        let mut text = [0; 13];
+        host.read_exact(&mut text).map(|()| text).unwrap()
+    });
+    assert_eq!(&text.await, b"after the end");
+    drop(process);
+}
+
+#[tokio::test]
+async fn a_socket_that_its_process_closes_is_closed_whoever_else_keeps_it_open() {
+    let (mut process, streams, mut host) = preserved(Descriptor::Socket).await;
+    process.write_all(b"last words").unwrap();
+    drop(process);
+    streams.process_ended();
+    streams.drained().await;
+    let text = blocking(move || {
+        let mut text = String::new();
+        host.read_to_string(&mut text).unwrap();
+        // The other half has ended as well.
+        assert!(host.write_all(&[0; 1 << 20]).is_err());
+        text
+    });
+    assert_eq!(text.await, "last words");
+}
+
+#[tokio::test]
+async fn a_host_that_closes_a_socket_breaks_the_process_s() {
+    let (process, _streams, host) = preserved(Descriptor::Socket).await;
+    let mut process = UnixStream::from(OwnedFd::from(process));
+    drop(host);
+    let broken = blocking(move || {
+        assert_eq!(process.read(&mut [0; 1]).unwrap(), 0);
+        loop {
+            if let Err(error) = process.write_all(&[0; 1 << 16]) {
+                return error.kind();
+            }
+        }
+    });
+    assert_eq!(broken.await, io::ErrorKind::BrokenPipe);
+}
+
+#[tokio::test]
+async fn a_socket_with_output_the_host_does_not_read_is_waited_for() {
+    let (mut process, streams, mut host) = preserved(Descriptor::Socket).await;
+    // More than one socket takes, no more than the other does beside it.
+    let written = blocking(move || process.write_all(&[1; 300_000]));
+    written.await.unwrap();
+    streams.process_ended();
+    let early = tokio::time::timeout(Duration::from_millis(200), streams.drained()).await;
+    assert!(early.is_err());
+    let read = blocking(move || {
+        let mut all = Vec::new();
+        host.read_to_end(&mut all).unwrap()
+    });
+    let (read, ()) = tokio::join!(read, streams.drained());
+    assert_eq!(read, 300_000);
+}
+
+#[tokio::test]
+async fn what_a_process_gets_is_above_the_numbers_it_is_to_have() {
+    let pairs = Pairs::default();
+    let ports = Ports {
+        preserved: (20..80).map(Descriptor::Output).collect(),
+        ..ALL
+    };
+    let stdio = Stdio::open(&pairs, ports, false, None).await.unwrap();
+    let inherited = stdio.inherited();
+    assert_eq!((inherited.preserved.len(), inherited.others.len()), (60, 3));
+    let mut all = inherited.preserved.iter().chain(&inherited.others);
+    assert!(all.all(|fd| fd.as_raw_fd() >= 63));
 }
 
 fn raw_terminal() -> (AsyncFd<OwnedFd>, fs::File) {

@@ -110,7 +110,7 @@ impl Guest {
     }
 
     /// A stream of the host: its port, and the host's side.
-    fn stream(&self) -> (u32, tokio::net::UnixStream) {
+    pub fn stream(&self) -> (u32, tokio::net::UnixStream) {
         let (guest, host) = UnixStream::pair().unwrap();
         let port = unused();
         self.ports.0.lock().unwrap().insert(port, guest);
@@ -138,8 +138,18 @@ impl Guest {
 
     /// Creates a container from a spec.
     pub async fn create(&self, spec: &Value) -> Result<Container, (Code, String)> {
+        self.create_with(spec, Vec::new()).await
+    }
+
+    /// Creates a container whose init has these beside stdio.
+    pub async fn create_with(
+        &self,
+        spec: &Value,
+        preserved: Vec<Descriptor>,
+    ) -> Result<Container, (Code, String)> {
         let terminal = spec["process"]["terminal"] == json!(true);
-        let (stdio, streams) = self.streams(terminal);
+        let (mut stdio, streams) = self.streams(terminal);
+        stdio.preserved = preserved;
         let mut request = CreateContainerRequest::new();
         request.container_id = format!("c{}", unused());
         request.spec = spec.to_string().into_bytes();
@@ -388,8 +398,19 @@ impl Container {
     }
 
     pub async fn exec_as(&self, id: &str, process: Value) -> Result<Container, (Code, String)> {
+        self.exec_with(id, process, Vec::new()).await
+    }
+
+    /// Starts one more process that has these beside stdio.
+    pub async fn exec_with(
+        &self,
+        id: &str,
+        process: Value,
+        preserved: Vec<Descriptor>,
+    ) -> Result<Container, (Code, String)> {
         let terminal = process["terminal"] == json!(true);
-        let (stdio, streams) = self.guest.streams(terminal);
+        let (mut stdio, streams) = self.guest.streams(terminal);
+        stdio.preserved = preserved;
         let mut request = ExecRequest::new();
         request.container_id = self.id.clone();
         request.exec_id = id.to_owned();

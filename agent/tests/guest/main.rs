@@ -9,6 +9,7 @@ mod execs;
 mod interfaces;
 mod limits;
 mod lives;
+mod preserved;
 mod security;
 mod streams;
 
@@ -59,6 +60,9 @@ const TESTS: &[Test] = tests![
     streams::a_terminal_has_its_size_and_follows_a_resize,
     streams::a_terminal_belongs_to_the_user_and_passes_ctrl_c,
     streams::a_terminal_that_is_hung_up_ends_its_shell,
+    preserved::a_process_has_what_is_preserved_and_nothing_else,
+    preserved::many_preserved_descriptors_are_in_nobodys_way,
+    preserved::what_cannot_be_preserved_is_refused_and_leaves_nothing,
     execs::an_exec_has_its_own_user_directory_and_environment,
     execs::an_exec_may_come_before_the_start,
     execs::an_exec_says_how_it_ended,

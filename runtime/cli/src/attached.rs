@@ -76,5 +76,6 @@ pub fn foreground_streams(options: &ProcessOptions) -> Result<Streams> {
         stdout: Some(HostStream::output(stdout.as_fd())?),
         stderr,
         terminal: options.tty,
+        ..Streams::default()
     })
 }

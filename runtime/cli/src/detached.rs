@@ -84,6 +84,7 @@ pub fn streams(options: &ProcessOptions) -> Result<(Streams, Outputs)> {
         stdout: Some(HostStream::ready(to_stdout)),
         stderr: to_stderr.map(HostStream::ready),
         terminal: options.tty,
+        ..Streams::default()
     };
     let outputs = Outputs {
         stdout,

@@ -106,7 +106,7 @@ pub struct Create {
     /// Socket that takes the descriptor of the container's terminal
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
-    /// Only 0: descriptors cannot be handed into a VM
+    /// Hand on so many descriptors beyond standard error: pipes, files, connected sockets and terminals
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// Accepted: the guest's root file system is always pivoted to
@@ -188,7 +188,7 @@ pub struct Exec {
     /// Forbid to gain privileges by an exec; "=false" allows it
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub no_new_privs: Option<bool>,
-    /// Only 0: descriptors cannot be handed into a VM
+    /// Hand on so many descriptors beyond standard error: pipes, files, connected sockets and terminals
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// In a container that is paused, wait until it is resumed

@@ -75,8 +75,8 @@ impl Console {
         Ok(Streams {
             stdin: Some(HostStream::ready(end()?)),
             stdout: Some(HostStream::ready(end()?)),
-            stderr: None,
             terminal: true,
+            ..Streams::default()
         })
     }
 
@@ -109,6 +109,7 @@ pub fn inherited_streams(stdio: &[OwnedFd; 3], terminal: bool) -> Result<Streams
         stdout: Some(HostStream::output(stdout.as_fd())?),
         stderr,
         terminal,
+        ..Streams::default()
     })
 }
 

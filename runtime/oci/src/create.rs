@@ -13,6 +13,7 @@ use crate::capabilities;
 use crate::channel::{Order, VerbEnd};
 use crate::container::{Container, Joined, Phase, Record, SharedMemory, Status};
 use crate::fork::{Child, Side, split, write_pid};
+use crate::handed::Handed;
 use crate::hooks;
 use crate::log::Log;
 use crate::monitor::{self, Job, Place};
@@ -20,8 +21,8 @@ use crate::pod::Membership;
 use crate::translate::Plan;
 
 /// Creates a container.
-pub fn create(home: &Home, log: &Log, systemd: bool, args: &Create) -> Result<()> {
-    make(home, log, systemd, args, true).map(drop)
+pub fn create(home: &Home, log: &Log, systemd: bool, args: &Create, handed: Handed) -> Result<()> {
+    make(home, log, systemd, args, true, handed).map(drop)
 }
 
 /// Whether guests may start from templates: CLOISON_TEMPLATE, as for `cloison run`.
@@ -78,18 +79,22 @@ pub struct Made {
 ///
 /// # Errors
 /// Then nothing of the container is left.
-pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool) -> Result<Made> {
-    ensure!(
-        args.preserve_fds == 0,
-        "--preserve-fds is not supported: descriptors cannot be handed into a VM"
-    );
+pub fn make(
+    home: &Home,
+    log: &Log,
+    systemd: bool,
+    args: &Create,
+    detached: bool,
+    handed: Handed,
+) -> Result<Made> {
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
     let config = bundle.join("config.json");
     let text = fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    let (spec, text, unknown) = capabilities::parse(text)
+    let (mut spec, text, unknown) = capabilities::parse(text)
         .with_context(|| format!("cannot understand {}", config.display()))?;
     unknown.inspect(|note| log.warn(note));
+    handed.announce(&mut spec)?;
     let mut plan = Plan::new(&args.container, spec.clone(), &bundle, systemd)?;
     let has_socket = args.console_socket.is_some();
     ensure!(
@@ -149,6 +154,7 @@ pub fn make(home: &Home, log: &Log, systemd: bool, args: &Create, detached: bool
         plan,
         place,
         console_socket: console_socket.transpose()?,
+        preserved: handed.descriptors,
         log: log.clone(),
     };
     let child = match split() {

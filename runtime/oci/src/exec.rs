@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use cloison_sandbox::{
-    AgentError, Attached, Error, Event, Home, HostCgroup, Id, Lifeline, NewProcess, RawTerminal,
-    Signals, Streams,
+    AgentError, Attached, Error, Event, Home, HostCgroup, Id, Lifeline, NewProcess, Preserved,
+    RawTerminal, Signals, Streams,
 };
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, User};
@@ -21,6 +21,7 @@ use crate::channel::{self, Order, ProcessEnd, Report, VerbEnd};
 use crate::console::{Console, inherited_size, inherited_streams};
 use crate::container::{Container, Record, Status};
 use crate::fork::{Side, split, take_stdio, write_pid};
+use crate::handed::Handed;
 use crate::log::Log;
 use crate::standin::{self, Sizes};
 use crate::{network, runtime, translate};
@@ -38,10 +39,11 @@ struct Job {
     /// In a container that is paused it waits for the resumption.
     when_resumed: bool,
     console_socket: Option<PathBuf>,
+    preserved: Vec<Preserved>,
 }
 
 /// Runs the process; in the foreground the status is its own.
-pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
+pub fn exec(home: &Home, log: &Log, args: &Exec, handed: Handed) -> Result<u8> {
     let container = Container::find(home, &args.container)?;
     let (status, record) = container.status()?;
     match status {
@@ -75,6 +77,7 @@ pub fn exec(home: &Home, log: &Log, args: &Exec) -> Result<u8> {
         cgroup: cgroup(&args.cgroup)?,
         when_resumed: args.ignore_paused,
         console_socket: console_socket.transpose()?,
+        preserved: handed.descriptors,
     };
     if args.detach {
         return in_background(job, args.pid_file.as_deref());
@@ -183,7 +186,7 @@ fn stand_in(job: Job, channel: UnixStream) -> Result<u8> {
 impl Job {
     async fn run(
         self,
-        streams: Streams,
+        mut streams: Streams,
         sizes: Sizes,
         mut signals: Signals,
         channel: Option<ProcessEnd>,
@@ -191,6 +194,17 @@ impl Job {
         let sandbox = self.container.vm(&self.record);
         let id = self.container.id().as_str();
         let exec_id = Id::random().context("cannot make an ID")?;
+        // Until the process has ended.
+        let mut lent = Vec::new();
+        for preserved in self.preserved {
+            let descriptor = preserved.prepare(|source| {
+                let place = sandbox.lend(source, self.record.pid)?;
+                let path = place.in_guest().to_owned();
+                lent.push(place);
+                Ok(path)
+            });
+            streams.preserved.push(descriptor?);
+        }
         let lifeline = Lifeline::attach(sandbox.control()?)?;
         let wiring = streams.attach(sandbox.control()?)?;
         let agent = sandbox.connect_agent()?;
@@ -251,10 +265,6 @@ async fn unless_signalled(
 
 /// The process that the options describe.
 fn process(container: &Container, args: &Exec, log: &Log) -> Result<Process> {
-    ensure!(
-        args.preserve_fds == 0,
-        "--preserve-fds is not supported: descriptors cannot be handed into a VM"
-    );
     ensure!(
         args.apparmor.is_none() && args.process_label.is_none(),
         "--apparmor and --process-label are not supported: neither is in the guest"

@@ -15,6 +15,7 @@ mod events;
 mod exec;
 mod features;
 mod fork;
+mod handed;
 mod hooks;
 mod join;
 mod kill;
@@ -43,6 +44,7 @@ use clap::error::ErrorKind;
 use cloison_sandbox::Home;
 
 use crate::args::{Cli, Verb};
+use crate::handed::Handed;
 use crate::log::Log;
 
 /// The name by which the executable is this front door.
@@ -54,8 +56,6 @@ const EXEC_FAILED: u8 = 255;
 
 /// The OCI front door.
 pub fn main() -> ExitCode {
-    // The processes that stand for a container live on, and would hold open for long what some caller did not mean to give away.
-    cloison_sandbox::close_inherited();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -67,6 +67,7 @@ pub fn main() -> ExitCode {
             };
         }
     };
+    let handed = Handed::take(cli.verb.as_ref());
     if cli.version {
         print(features::version());
         return ExitCode::SUCCESS;
@@ -77,7 +78,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Exec(_)) => EXEC_FAILED,
         _ => FAILED,
     };
-    match serve(cli, &log) {
+    match handed.and_then(|handed| serve(cli, &log, handed)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             log.fatal(&error);
@@ -86,7 +87,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn serve(cli: Cli, log: &Log) -> Result<u8> {
+fn serve(cli: Cli, log: &Log, handed: Handed) -> Result<u8> {
     let root = std::path::absolute(&cli.root)
         .with_context(|| format!("cannot use the directory {}", cli.root.display()))?;
     // Of a container nothing is there. Templates of guests are, for all roots.
@@ -97,13 +98,13 @@ fn serve(cli: Cli, log: &Log) -> Result<u8> {
         anyhow::bail!("no command was given: see {NAME} --help");
     };
     let done = match verb {
-        Verb::Create(create) => create::create(&home, log, cli.systemd_cgroup, &create),
-        Verb::Run(run) => return run::run(&home, log, cli.systemd_cgroup, &run),
+        Verb::Create(create) => create::create(&home, log, cli.systemd_cgroup, &create, handed),
+        Verb::Run(run) => return run::run(&home, log, cli.systemd_cgroup, &run, handed),
         Verb::Start(id) => start::start(&home, log, &id.container),
         Verb::State(id) => state::state(&home, &id.container),
         Verb::Kill(kill) => kill::kill(&home, &kill),
         Verb::Delete(delete) => delete::delete(&home, log, &delete),
-        Verb::Exec(exec) => return exec::exec(&home, log, &exec),
+        Verb::Exec(exec) => return exec::exec(&home, log, &exec, handed),
         Verb::Ps(ps) => ps::ps(&home, &ps),
         Verb::List(list) => list::list(&home, &list),
         Verb::Pause(id) => pause::pause(&home, &id.container),

@@ -20,9 +20,9 @@ use cloison_agent_api::TEMPLATE_NIC_SLOTS;
 use cloison_agent_api::agent::{HostSocket, TtySize};
 use cloison_net::Namespace;
 use cloison_sandbox::{
-    Attached, BindOptions, Error, ExitStatus, HostCgroup, HostLimits, Joined, MonitorLock, Network,
-    Resolver, Running, Sandbox, Shared, Signals, Source, Streams, View, Wiring,
-    enter_private_namespace, loopback_resolver,
+    Attached, BindOptions, Descriptor, Error, ExitStatus, HostCgroup, HostLimits, Joined,
+    MonitorLock, Network, Preserved, Resolver, Running, Sandbox, Shared, Signals, Source, Streams,
+    View, Wiring, enter_private_namespace, loopback_resolver,
 };
 use cloison_vmm::{ControlClient, VmSpec};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -60,6 +60,7 @@ pub struct Job {
     pub plan: Plan,
     pub place: Place,
     pub console_socket: Option<PathBuf>,
+    pub preserved: Vec<Preserved>,
     pub log: Log,
 }
 
@@ -173,7 +174,7 @@ struct Begun {
     _lock: MonitorLock,
 }
 
-fn begin(job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
+fn begin(mut job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
     let container = job.container.clone();
     let stdio = take_stdio()?;
     let lock = MonitorLock::take(&container.dir())?.context("the container was removed")?;
@@ -185,14 +186,14 @@ fn begin(job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
         (Some(size), Some(socket)) => Some(Console::hand_over(socket, size)?),
         _ => None,
     };
-    let sources = Sources::open(&job.plan)?;
+    let sources = Sources::open(&job.plan, std::mem::take(&mut job.preserved))?;
     match &job.place {
         Place::Own(_) => enter_private_namespace()?,
         Place::In(membership) => membership.enter_mounts()?,
     }
     channel::tell(&channel, &Report::Ready)?;
 
-    let (streams, sizes) = match (job.plan.terminal, console) {
+    let (mut streams, sizes) = match (job.plan.terminal, console) {
         (_, Some(console)) => {
             // A caller may wait for the end of what it gave the command.
             drop(stdio);
@@ -211,7 +212,13 @@ fn begin(job: Job, channel: UnixStream, told: &mut Told) -> Result<Begun> {
         other => other.size(),
     };
     let sandbox = container.sandbox();
-    let (shared, binds, sockets) = sources.show(&container, &job.place)?;
+    let Shown {
+        shared,
+        binds,
+        sockets,
+        descriptors,
+    } = sources.show(&container, &job.place)?;
+    streams.preserved = descriptors;
     let view = View::of(&shared, job.plan.is_read_only(), job.plan.places());
     let (views, requests) = mpsc::channel();
     let hooks = job.plan.hooks.create_container().clone();
@@ -486,10 +493,21 @@ struct Sources {
     rootfs: Source,
     binds: Vec<Source>,
     sockets: Vec<(HostSocket, Source)>,
+    preserved: Vec<Preserved>,
+}
+
+/// What a guest sees of it.
+struct Shown {
+    /// The container's part of the shared directory.
+    shared: Shared,
+    /// The sources of its binds there.
+    binds: Vec<PathBuf>,
+    sockets: Vec<HostSocket>,
+    descriptors: Vec<Descriptor>,
 }
 
 impl Sources {
-    fn open(plan: &Plan) -> Result<Self> {
+    fn open(plan: &Plan, preserved: Vec<Preserved>) -> Result<Self> {
         let recursive = BindOptions {
             recursive: true,
             ..BindOptions::default()
@@ -510,15 +528,12 @@ impl Sources {
             rootfs: Source::open(&plan.rootfs, recursive)?,
             binds: binds.collect::<Result<_, _>>()?,
             sockets: sockets.collect::<Result<_>>()?,
+            preserved,
         })
     }
 
-    /// Shows it to the guest: the container's part of the shared directory, the sources of its binds there, and its sockets.
-    fn show(
-        self,
-        container: &Container,
-        place: &Place,
-    ) -> Result<(Shared, Vec<PathBuf>, Vec<HostSocket>)> {
+    /// Shows it to the guest.
+    fn show(self, container: &Container, place: &Place) -> Result<Shown> {
         let (own, id) = (container.sandbox(), container.id());
         let (mut shared, vm, owner) = match place {
             Place::Own(_) => (own.share(id)?, own.clone(), id),
@@ -531,6 +546,9 @@ impl Sources {
         let binds = self.binds.into_iter();
         let binds: Result<Vec<_>, _> = binds.map(|bind| shared.add_mount(bind)).collect();
         let binds = binds?;
+        let preserved = self.preserved.into_iter();
+        let descriptors = preserved.map(|p| p.prepare(|source| shared.add_mount(source)));
+        let descriptors = descriptors.collect::<Result<_, _>>()?;
         if let Place::In(_) = place {
             vm.show(&own, &mut shared, owner)?;
         }
@@ -539,7 +557,12 @@ impl Sources {
             Ok(socket)
         };
         let sockets: Result<_> = self.sockets.into_iter().map(offer).collect();
-        Ok((shared, binds, sockets?))
+        Ok(Shown {
+            sockets: sockets?,
+            shared,
+            binds,
+            descriptors,
+        })
     }
 }
 

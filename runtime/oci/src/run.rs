@@ -9,13 +9,15 @@ use crate::args::Run;
 use crate::container::Container;
 use crate::create::{Made, make};
 use crate::delete::destroy;
+use crate::handed::Handed;
 use crate::log::Log;
 use crate::start::start;
 use crate::{fork, runtime};
 
 /// Runs a container; the status is its own.
-pub fn run(home: &Home, log: &Log, systemd: bool, args: &Run) -> Result<u8> {
-    let Made { container, monitor } = make(home, log, systemd, &args.create, args.detach)?;
+pub fn run(home: &Home, log: &Log, systemd: bool, args: &Run, handed: Handed) -> Result<u8> {
+    let made = make(home, log, systemd, &args.create, args.detach, handed)?;
+    let Made { container, monitor } = made;
     let begun = raw_terminal(args, &container).and_then(|raw| {
         start(home, log, &args.create.container)?;
         Ok(raw)

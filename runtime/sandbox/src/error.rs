@@ -26,6 +26,24 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A descriptor cannot be handed on to a process in a guest.
+    #[error("descriptor {number} cannot be handed into a VM: it is {what}, and {why}")]
+    Descriptor {
+        /// Its number.
+        number: i32,
+        /// What it is.
+        what: String,
+        /// Why that cannot be.
+        why: &'static str,
+    },
+    /// A descriptor that could be handed on could not be prepared for it.
+    #[error("cannot hand descriptor {number} into the VM")]
+    PreserveDescriptor {
+        /// Its number.
+        number: i32,
+        /// What went wrong.
+        source: Box<Error>,
+    },
     /// The sandbox's directory exists.
     #[error("a sandbox with the ID {id} exists already")]
     Exists {

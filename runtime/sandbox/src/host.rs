@@ -48,15 +48,30 @@ pub fn terminal_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
     (answer == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
-/// Closes every descriptor but standard input, output and error, and those that the command line names as files, as shells do with
-/// `<(COMMAND)`. To be called first of all in `main`.
-pub fn close_inherited() {
-    let mut next = 3;
+/// Takes the first `count` descriptors beyond standard input, output and error, and closes all others, but those that the command line names
+/// as files, as shells do with `<(COMMAND)`. To be called once, in `main`, before anything is opened.
+///
+/// # Errors
+/// The number of one that is not open.
+pub fn take_inherited(count: u16) -> Result<Vec<OwnedFd>, RawFd> {
+    let mut next = 3 + libc::c_uint::from(count);
     for kept in named_descriptors(std::env::args_os()) {
         close_range(next, kept.saturating_sub(1));
         next = next.max(kept.saturating_add(1));
     }
     close_range(next, libc::c_uint::MAX);
+    let numbers = (3..).take(count.into());
+    numbers.map(inherited).collect()
+}
+
+/// Nobody else is to inherit it.
+fn inherited(number: RawFd) -> Result<OwnedFd, RawFd> {
+    // SAFETY: F_SETFD takes an integer and touches no memory of ours; a number that is not open is refused.
+    match unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } {
+        // SAFETY: it is open, and since this process has opened nothing yet it is its parent's gift, which is taken once.
+        0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(number),
+    }
 }
 
 fn close_range(first: libc::c_uint, last: libc::c_uint) {

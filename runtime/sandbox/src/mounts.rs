@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -98,6 +98,38 @@ impl Source {
         })
     }
 
+    /// Takes hold of the file or directory that a descriptor is of, which `path` names for people.
+    ///
+    /// # Errors
+    /// When it is in no file system that is mounted in the caller's mount namespace.
+    pub(crate) fn of_descriptor(
+        fd: impl AsFd,
+        path: PathBuf,
+        is_dir: bool,
+        options: BindOptions,
+    ) -> Result<Self, Error> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        if options.recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let tree = open_tree(fd, "", flags)
+            .map_err(io::Error::from)
+            .map_err(Error::path("bind-mount", &path))?;
+        Ok(Self {
+            path,
+            tree,
+            is_dir,
+            options,
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.options.read_only
+    }
+
     /// Has its files belong to others.
     ///
     /// # Errors
@@ -110,12 +142,17 @@ impl Source {
 
     /// Binds it to `target`, which must not exist yet.
     pub(crate) fn bind(self, target: &Path) -> Result<(), Error> {
+        self.make_place(target)?;
+        self.bind_over(target)
+    }
+
+    /// Makes what it can be bound to.
+    pub(crate) fn make_place(&self, target: &Path) -> Result<(), Error> {
         let made = match self.is_dir {
             true => fs::create_dir(target),
             false => File::create_new(target).map(drop),
         };
-        made.map_err(Error::path("create the mount point", target))?;
-        self.bind_over(target)
+        made.map_err(Error::path("create the mount point", target))
     }
 
     /// Binds it to `target`, which must exist and be of its kind.
@@ -165,23 +202,48 @@ pub fn enter_namespace_of(pid: i32) -> Result<(), Error> {
 
 /// Takes away mounts that only another process's mount namespace has. If that process is gone, so are they, or soon.
 pub(crate) fn detach_within(pid: i32, places: &[PathBuf]) -> Result<(), Error> {
+    match open_namespace_of(pid)? {
+        Some(namespace) => within(namespace, || places.iter().try_for_each(|p| detach(p))),
+        None => Ok(()),
+    }
+}
+
+/// Binds `source`, in the mount namespace of another process, to `to`, by way of `from`; both must exist and be of its kind. It comes there
+/// in one step, with all its options.
+pub(crate) fn bind_within(pid: i32, source: Source, from: &Path, to: &Path) -> Result<(), Error> {
+    let gone = || Error::path("open the mount namespace", namespace_of(pid))(Errno::ESRCH.into());
+    let namespace = open_namespace_of(pid)?.ok_or_else(gone)?;
+    within(namespace, || {
+        source.bind_over(from)?;
+        move_to(from, to)
+    })
+}
+
+/// `None` when that process is gone.
+fn open_namespace_of(pid: i32) -> Result<Option<File>, Error> {
     let path = namespace_of(pid);
-    let namespace = match File::open(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(Error::path("open the mount namespace", path))?,
-    };
+    match File::open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other
+            .map(Some)
+            .map_err(Error::path("open the mount namespace", path)),
+    }
+}
+
+/// Does something in another mount namespace.
+fn within(namespace: File, work: impl FnOnce() -> Result<(), Error> + Send) -> Result<(), Error> {
     let failed = || Error::system("enter a sandbox's mount namespace");
-    let detached = std::thread::scope(|scope| {
+    let done = std::thread::scope(|scope| {
         // A thread that shares neither root nor working directory with the others may be in another namespace than they are.
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_FS)
                 .and_then(|()| setns(namespace, CloneFlags::CLONE_NEWNS))
                 .map_err(|errno| failed()(errno.into()))?;
-            places.iter().try_for_each(|place| detach(place))
+            work()
         });
         thread.join()
     });
-    detached.unwrap_or_else(|_| Err(failed()(io::Error::other("the thread for it failed"))))
+    done.unwrap_or_else(|_| Err(failed()(io::Error::other("the thread for it failed"))))
 }
 
 /// The mount namespace that a sandbox's files are mounted in. The first thread of a process that stands for a container's init is in another one

@@ -173,6 +173,27 @@ impl Sandbox {
         cloison_image::remove_tree(&shown).map_err(Error::path("remove the directory", &shown))
     }
 
+    /// Shows the guest, which runs, a file or directory of the host, at a place that has not been used before, for as long as the answer lives. To
+    /// be called in the host's mount namespace; `monitor` is a process in that of the sandbox's.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub fn lend(&self, source: Source, monitor: i32) -> Result<Lent, Error> {
+        let name = Id::random().map_err(Error::system("make an ID"))?;
+        let lent = Lent {
+            // Where the guest cannot put anything in the way.
+            made: self.dir.join(name.as_str()),
+            shown: self.shared().join(name.as_str()),
+            in_guest: shared::guest_base(Some(&name)),
+            monitor,
+        };
+        for place in [&lent.made, &lent.shown] {
+            source.make_place(place)?;
+        }
+        mounts::bind_within(monitor, source, &lent.made, &lent.shown)?;
+        Ok(lent)
+    }
+
     /// Lets the guest reach a socket that listens on the host, on behalf of `owner`, and nothing else by this: gives the host's vsock port
     /// on which it does. The VM process connects to the socket by itself. To be called in the mount namespace of the sandbox's
     /// processes.
@@ -427,6 +448,41 @@ fn is_over(fd: BorrowedFd<'_>, events: PollFlags, timeout_ms: u16) -> Result<boo
         .map_err(io::Error::from)
         .map_err(Error::system("wait for the VM process"))?;
     Ok(ready > 0)
+}
+
+/// Something of the host that a guest has been shown for a while.
+#[derive(Debug)]
+pub struct Lent {
+    made: PathBuf,
+    shown: PathBuf,
+    in_guest: PathBuf,
+    monitor: i32,
+}
+
+impl Lent {
+    /// Where the guest finds it.
+    pub fn in_guest(&self) -> &Path {
+        &self.in_guest
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let places = [self.shown.clone(), self.made.clone()];
+        let detached = mounts::detach_within(self.monitor, &places);
+        let removed = places.iter().map(|place| {
+            let is_dir = fs::symlink_metadata(place).is_ok_and(|found| found.is_dir());
+            let removed = match is_dir {
+                true => fs::remove_dir(place),
+                false => fs::remove_file(place),
+            };
+            removed.map_err(Error::path("remove", place))
+        });
+        // What is left goes with the sandbox.
+        for error in removed.chain([detached]).filter_map(Result::err) {
+            tracing::debug!("{error}");
+        }
+    }
 }
 
 impl Running {

@@ -3,8 +3,9 @@
 //!
 //! ```text
 //! shared/<container>/rootfs      the container's root file system
-//! shared/<container>/mounts/<n>  its n-th volume, a directory or a file
+//! shared/<container>/mounts/<n>  its n-th volume, a directory or a file; after them files that its init has open from its start
 //! shared/<place>/<container>/... the same of a container that came to the running guest
+//! shared/<place>                 a file or directory for one exec
 //! ```
 
 use std::fs;

@@ -1,13 +1,13 @@
-//! A process's stdio as descriptors that the VM process can move bytes through without ever blocking. The caller's own open file
-//! descriptions are shared with its shell and stay as they are: pipes and terminals are opened once more, non-blocking; regular
-//! files and sockets are used as they are; what can be neither is copied through a pipe by a thread of ours.
+//! A process's stdio, and the streams that its caller hands on beside it, as descriptors that the VM process can move bytes through without
+//! ever blocking. The caller's own open file descriptions are shared with its shell and stay as they are: pipes and terminals are opened once
+//! more, non-blocking; regular files and sockets are used as they are; what can be neither is copied through a pipe by a thread of ours.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 
-use cloison_agent_api::agent::Stdio;
+use cloison_agent_api::agent::{self as api, Stdio, descriptor::What};
 use cloison_vmm::{Attachment, ControlClient};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -15,9 +15,11 @@ use nix::unistd::pipe2;
 use tokio::net::unix::pipe::Receiver;
 
 use crate::Error;
+use crate::preserved::Descriptor;
 
-/// Host vsock ports of an init's streams. Ports given out later, to exec'd processes, are far above.
-const INIT_PORTS: [u32; 3] = [2000, 2001, 2002];
+/// Host vsock port of an init's standard input; those of its other streams follow by their numbers. Ports given out later, to exec'd
+/// processes, are far above.
+const FIRST_INIT_PORT: u32 = 2000;
 
 /// One end of a process's stdio on the host.
 #[derive(Debug)]
@@ -51,7 +53,17 @@ impl HostStream {
         Self::prepare(fd, Direction::Write)
     }
 
-    /// A descriptor of our own that is non-blocking already.
+    /// The process reads what is read from `fd`, a terminal, and what it writes is written there.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be reopened.
+    pub fn both(fd: BorrowedFd<'_>) -> Result<Self, Error> {
+        let reopened = reopen(fd, OFlag::O_RDWR);
+        let failed = Error::system("open a terminal once more");
+        Ok(Self::ready(reopened.map_err(|errno| failed(errno.into()))?))
+    }
+
+    /// A descriptor of our own that is a socket or non-blocking already.
     pub fn ready(fd: OwnedFd) -> Self {
         Self { fd, relay: None }
     }
@@ -67,12 +79,10 @@ impl HostStream {
             Direction::Read => OFlag::O_RDONLY,
             Direction::Write => OFlag::O_WRONLY,
         };
-        let flags = access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-        let path = format!("/proc/self/fd/{}", own.as_raw_fd());
-        if let Ok(reopened) = open(path.as_str(), flags, Mode::empty()) {
-            return Ok(Self::ready(reopened));
+        match reopen(own.as_fd(), access) {
+            Ok(reopened) => Ok(Self::ready(reopened)),
+            Err(_) => Self::relayed(own, direction).map_err(failed()),
         }
-        Self::relayed(own, direction).map_err(failed())
     }
 
     /// For what cannot be reopened: another user's terminal, a descriptor from another namespace.
@@ -97,7 +107,14 @@ impl HostStream {
     }
 }
 
-/// A process's stdio. A missing stream is the guest's `/dev/null`.
+/// What a descriptor is of, opened once more and non-blocking.
+fn reopen(fd: BorrowedFd<'_>, access: OFlag) -> nix::Result<OwnedFd> {
+    let flags = access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    open(path.as_str(), flags, Mode::empty())
+}
+
+/// A process's stdio, and what it has beside it. A missing stream is the guest's `/dev/null`.
 #[derive(Debug, Default)]
 pub struct Streams {
     /// What the process reads.
@@ -108,6 +125,8 @@ pub struct Streams {
     pub stderr: Option<HostStream>,
     /// One stream for both directions, with a terminal in the guest.
     pub terminal: bool,
+    /// From number 3 on.
+    pub preserved: Vec<Descriptor>,
 }
 
 /// Streams that have been given to a VM.
@@ -121,9 +140,9 @@ pub struct Wiring {
     control: Option<ControlClient>,
 }
 
-/// A stream on its way to the VM process: which of [`Stdio`]'s fields it is, and its two directions.
+/// A stream on its way to the VM process: the number that the process has it under, and its two directions.
 struct Lane {
-    index: usize,
+    number: u32,
     read: Option<OwnedFd>,
     write: Option<OwnedFd>,
 }
@@ -133,7 +152,7 @@ impl Streams {
     pub(crate) fn into_attachments(self) -> Result<(Wiring, Vec<Attachment>), Error> {
         let mut attachments = Vec::new();
         let wiring = self.wire(|lane, done| {
-            let port = INIT_PORTS[lane.index];
+            let port = FIRST_INIT_PORT + lane.number;
             attachments.push(Attachment {
                 port,
                 read: lane.read,
@@ -156,7 +175,7 @@ impl Streams {
             control
                 .attach(read, write, Some(done.as_fd()))
                 .map_err(|source| Error::Control {
-                    what: "attach standard input or output",
+                    what: "attach a stream",
                     source,
                 })
         })?;
@@ -172,46 +191,64 @@ impl Streams {
             .map_err(io::Error::from)
             .map_err(Error::system("create a pipe"))?;
         let mut relays = Vec::new();
-        let mut open = |stream: Option<HostStream>| {
-            stream.map(|stream| {
-                relays.extend(stream.relay);
-                stream.fd
-            })
+        let mut open = |stream: HostStream| {
+            relays.extend(stream.relay);
+            stream.fd
         };
-        let (stdin, stdout, stderr) = (open(self.stdin), open(self.stdout), open(self.stderr));
-        let lane = |index, read, write| Lane { index, read, write };
-        let lanes = if self.terminal {
-            vec![lane(0, stdin, stdout)]
+        let mut carry = |number, read, write| -> Result<u32, Error> {
+            let lane = Lane {
+                number,
+                read,
+                write,
+            };
+            attach(lane, duplicate(&held)?)
+        };
+        let (stdin, stdout) = (self.stdin.map(&mut open), self.stdout.map(&mut open));
+        let stderr = self.stderr.map(&mut open);
+        let mut stdio = Stdio::default();
+        if self.terminal {
+            // Its stream is needed even when nobody listens: it is how the guest's terminal ends.
+            stdio.stdin = carry(0, stdin, stdout)?;
         } else {
-            vec![
-                lane(0, stdin, None),
-                lane(1, None, stdout),
-                lane(2, None, stderr),
-            ]
-        };
-        let mut ports = [0; 3];
-        for lane in lanes {
-            // A terminal's stream is needed even when nobody listens: it is how the guest's terminal ends.
-            if lane.read.is_some() || lane.write.is_some() || self.terminal {
-                let held = held
-                    .try_clone()
-                    .map_err(Error::system("duplicate a pipe"))?;
-                let index = lane.index;
-                ports[index] = attach(lane, held)?;
+            if stdin.is_some() {
+                stdio.stdin = carry(0, stdin, None)?;
+            }
+            if stdout.is_some() {
+                stdio.stdout = carry(1, None, stdout)?;
+            }
+            if stderr.is_some() {
+                stdio.stderr = carry(2, None, stderr)?;
             }
         }
-        Ok(Wiring {
-            stdio: Stdio {
-                stdin: ports[0],
-                stdout: ports[1],
-                stderr: ports[2],
+        for (number, descriptor) in (3..).zip(self.preserved) {
+            let what = match descriptor {
+                Descriptor::Input(stream) => What::Input(carry(number, Some(open(stream)), None)?),
+                Descriptor::Output(stream) => {
+                    What::Output(carry(number, None, Some(open(stream)))?)
+                }
+                Descriptor::Both(stream) => {
+                    let fd = open(stream);
+                    What::Socket(carry(number, Some(duplicate(&fd)?), Some(fd))?)
+                }
+                Descriptor::File(file) => What::File(file),
+            };
+            stdio.preserved.push(api::Descriptor {
+                what: Some(what),
                 ..Default::default()
-            },
+            });
+        }
+        Ok(Wiring {
+            stdio,
             done,
             relays,
             control: None,
         })
     }
+}
+
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Error> {
+    fd.try_clone()
+        .map_err(Error::system("duplicate a descriptor"))
 }
 
 /// A stream to the guest that carries nothing: a process tied to it is killed when this is dropped, or gone with its holder.

@@ -13,8 +13,9 @@ use crate::nic::Nic;
 use crate::packet::{self, MAX_PACKET, Packet, Received};
 use crate::spec::VmSpec;
 
-/// The most streams that can be attached before the guest starts; more can follow over the control socket.
-pub const MAX_EARLY_ATTACHMENTS: usize = 64;
+/// The most streams that can be attached before the guest starts; more can follow over the control socket. One has three descriptors at most, and
+/// one message has room for all.
+pub const MAX_EARLY_ATTACHMENTS: usize = 72;
 
 /// All that the VM process gets.
 #[derive(Debug)]

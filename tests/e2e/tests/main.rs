@@ -33,6 +33,7 @@ mod limits;
 mod mounts;
 mod network;
 mod oci;
+mod oci_descriptors;
 mod oci_mounts;
 mod oci_process;
 mod oci_sockets;

@@ -516,8 +516,6 @@ fn what_a_vm_cannot_do_is_refused_with_the_reason() {
     fail(&bundle.output(), 1, &["config.json"]);
     let none = bundle.run(&["create", "--bundle", "/nonexistent", "one"]);
     fail(&none, 1, &["/nonexistent"]);
-    let fds = bundle.run(&["create", "--preserve-fds", "1", "one"]);
-    fail(&fds, 1, &["--preserve-fds"]);
     fail(&bundle.run(&["checkpoint", "one"]), 1, &["not supported"]);
     succeed(&bundle.run(&["checkpoint", "--help"]));
 }

@@ -2,8 +2,8 @@
 //! process on the host and its namespaces (exec, cp, pods) is tested with both, for that is its own and changed between the two. What it says in a
 //! container's spec is tested with the newer one, and so are networks with names, for which this machine's has no server.
 
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{Read, Write, pipe};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::host::{data, dist, emulated, fail, image_tar, rootfs, succeed, text};
 use crate::oci::cgroups;
+use crate::oci_descriptors::hand;
 use crate::trees::{Release, child_of, in_tree};
 
 pub struct Podman {
@@ -101,13 +102,18 @@ impl Podman {
     }
 
     pub fn podman(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
         let data = match self.tree {
             Some(_) => self.path("cloison"),
             None => data(),
         };
         let (enter, podman) = (self.enter.iter(), "podman".to_owned());
         let mut words = enter.chain([&podman]);
-        Command::new(words.next().unwrap())
+        let mut command = Command::new(words.next().unwrap());
+        command
             .args(words)
             .env("CLOISON_DATA_DIR", data)
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
@@ -122,9 +128,8 @@ impl Podman {
             .args(["--cgroup-manager", self.manager, "--runtime"])
             .arg(dist().join("cloison-runtime"))
             .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
     /// What a command of podman's that must succeed says.
@@ -260,6 +265,7 @@ fn podman_runs_changes_and_stops_containers() {
     let podman = Podman::new(Release::Host);
     life(&podman);
     files(&podman);
+    descriptors(&podman);
 }
 
 #[test]
@@ -421,6 +427,36 @@ fn options(podman: &Podman) {
     podman.said(&named, "echo kept >/n/file");
     assert_eq!(podman.said(&named, "cat /n/file"), "kept\n");
     podman.say(&["volume", "rm", "named"]);
+}
+
+/// Descriptors beside stdio reach a container by way of conmon, and an exec too.
+fn descriptors(podman: &Podman) {
+    let file = podman.path("digits");
+    fs::write(&file, "0123456789").unwrap();
+    let given = |args: &[&str]| {
+        let (reader, mut writer) = pipe().unwrap();
+        writer.write_all(b"three\n").unwrap();
+        let (mut from_four, four) = pipe().unwrap();
+        let digits = File::open(&file).unwrap();
+        let descriptors = vec![reader.into(), four.into(), digits.into()];
+        let mut command = podman.command(args);
+        hand(&mut command, descriptors);
+        let output = command.output().unwrap();
+        drop((command, writer));
+        let mut four = String::new();
+        from_four.read_to_string(&mut four).unwrap();
+        (succeed(&output), four)
+    };
+    let script = "head -n 1 <&3; echo four >&4; cat <&5";
+    let expected = ("three\n0123456789".to_owned(), "four\n".to_owned());
+    let shell = ["sh", "-c", script];
+    let run = ["run", "--rm", "--network", "none", "--preserve-fds", "3"];
+    let run = [&run[..], &LIMITS, &["localhost/busybox"], &shell].concat();
+    assert_eq!(given(&run), expected);
+    succeed(&podman.run(&["-d", "--name", "fds"], "while :; do sleep 0.1; done"));
+    let exec = [&["exec", "--preserve-fds", "3", "fds"][..], &shell].concat();
+    assert_eq!(given(&exec), expected);
+    podman.say(&["rm", "-f", "-t", "0", "fds"]);
 }
 
 fn failures(podman: &Podman) {
