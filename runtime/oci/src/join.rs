@@ -8,7 +8,7 @@ use cloison_sandbox::{Agent, Error, ExitStatus, Failure, Joined, Lifeline, Sandb
 
 use crate::channel::{Order, ProcessEnd};
 use crate::container::{Container, Record};
-use crate::monitor::Ready;
+use crate::monitor::{Ready, Told};
 use crate::pod::Membership;
 
 /// Status of a container whose VM has ended: it was killed with it, as by the end of a PID namespace.
@@ -24,7 +24,7 @@ pub async fn run(
     container: &Container,
     record: &Record,
     channel: UnixStream,
-    verb: &mut Option<UnixStream>,
+    told: &mut Told,
 ) -> Result<ExitStatus> {
     let mut signals = Signals::of_a_stand_in()?;
     let mut channel = ProcessEnd::new(channel)?;
@@ -50,9 +50,9 @@ pub async fn run(
             &mut channel,
         )
         .await?;
-    *verb = None;
+    told.verb = None;
     let lived = ready
-        .stand_in(&agent, wiring, &mut channel, &mut signals)
+        .stand_in(&agent, wiring, &mut channel, &mut signals, told)
         .await;
     match lived {
         Ok(status) => {

@@ -122,11 +122,12 @@ pub fn serve(job: Job, channel: UnixStream) -> u8 {
 }
 
 /// Who is told when the container comes to a bad end.
-struct Told {
+pub struct Told {
     log: Log,
     /// The verb, which waits for the container to be made; later on there are only logs.
-    verb: Option<UnixStream>,
-    /// The container's standard error, which is what people look at, if it is not a terminal, whose screen is the container's.
+    pub verb: Option<UnixStream>,
+    /// The container's standard error, which is what people look at, if it is not a terminal, whose screen is the container's, and as long as
+    /// the container has it.
     stderr: Option<OwnedFd>,
 }
 
@@ -268,12 +269,12 @@ impl Begun {
         let life = move || {
             let log = ready.log.clone();
             let lived = runtime().and_then(|runtime| {
-                let verb = &mut told.verb;
                 runtime.block_on(async {
+                    let told = &mut *told;
                     match place {
-                        Place::Own(vm) => ready.run(vm, &container, &record, channel, verb).await,
+                        Place::Own(vm) => ready.run(vm, &container, &record, channel, told).await,
                         Place::In(membership) => {
-                            join::run(ready, &membership, &container, &record, channel, verb).await
+                            join::run(ready, &membership, &container, &record, channel, told).await
                         }
                     }
                 })
@@ -310,7 +311,7 @@ impl Ready {
         container: &Container,
         record: &Record,
         channel: UnixStream,
-        verb: &mut Option<UnixStream>,
+        told: &mut Told,
     ) -> Result<ExitStatus> {
         let mut signals = Signals::of_a_stand_in()?;
         let mut channel = ProcessEnd::new(channel)?;
@@ -337,7 +338,7 @@ impl Ready {
                 let rendezvous = Rendezvous::at(&container.dir())?;
                 self.make(&agent, &wiring, None, container, record, &mut channel)
                     .await?;
-                *verb = None;
+                told.verb = None;
                 let followed = async {
                     // A container outlives the end of its network.
                     let Err(error) = self
@@ -349,7 +350,7 @@ impl Ready {
                 };
                 tokio::select! {
                     biased;
-                    ended = self.stand_in(&agent, wiring, &mut channel, &mut signals) => ended,
+                    ended = self.stand_in(&agent, wiring, &mut channel, &mut signals, told) => ended,
                     never = followed => match never {},
                 }
             };
@@ -468,16 +469,33 @@ impl Ready {
         wiring: Wiring,
         channel: &mut ProcessEnd,
         signals: &mut Signals,
+        told: &mut Told,
     ) -> Result<ExitStatus> {
         // A caller that was never told of the container cannot end it.
         channel.expect(&Order::Stay).await?;
+        let closed = wiring.stderr_closed()?;
+        // A VM that dies closes it as well, and does not answer then.
+        let closed_by_the_container = async {
+            let alive = closed.await.is_ok() && agent.usage(&self.id).await.is_ok();
+            if !alive {
+                std::future::pending::<()>().await;
+            }
+        };
         let attached = Attached {
             agent,
             container: &self.id,
             exec_id: "",
             size: &|| self.sizes.size(),
         };
-        Ok(standin::wait(&attached, wiring, signals).await?)
+        let ended = standin::wait(&attached, wiring, signals);
+        tokio::pin!(ended);
+        tokio::select! {
+            biased;
+            ended = &mut ended => return Ok(ended?),
+            // Whoever reads what the container writes there waits for the end of it, and is not to wait for this process.
+            () = closed_by_the_container => told.stderr = None,
+        }
+        Ok(ended.await?)
     }
 }
 

@@ -134,7 +134,9 @@ pub struct Streams {
 pub struct Wiring {
     /// What the agent is told.
     pub stdio: Stdio,
+    /// Each is readable when its streams are over: standard error by itself, and all others.
     done: OwnedFd,
+    stderr_done: OwnedFd,
     relays: Vec<std::thread::JoinHandle<()>>,
     /// Streams that the guest has not taken up yet stay for as long as this does.
     control: Option<ControlClient>,
@@ -187,9 +189,12 @@ impl Streams {
         self,
         mut attach: impl FnMut(Lane, OwnedFd) -> Result<u32, Error>,
     ) -> Result<Wiring, Error> {
-        let (done, held) = pipe2(OFlag::O_CLOEXEC)
-            .map_err(io::Error::from)
-            .map_err(Error::system("create a pipe"))?;
+        let pipe = || {
+            pipe2(OFlag::O_CLOEXEC)
+                .map_err(io::Error::from)
+                .map_err(Error::system("create a pipe"))
+        };
+        let ((done, held), (stderr_done, stderr_held)) = (pipe()?, pipe()?);
         let mut relays = Vec::new();
         let mut open = |stream: HostStream| {
             relays.extend(stream.relay);
@@ -201,7 +206,8 @@ impl Streams {
                 read,
                 write,
             };
-            attach(lane, duplicate(&held)?)
+            let held = if number == 2 { &stderr_held } else { &held };
+            attach(lane, duplicate(held)?)
         };
         let (stdin, stdout) = (self.stdin.map(&mut open), self.stdout.map(&mut open));
         let stderr = self.stderr.map(&mut open);
@@ -240,6 +246,7 @@ impl Streams {
         Ok(Wiring {
             stdio,
             done,
+            stderr_done,
             relays,
             control: None,
         })
@@ -294,16 +301,29 @@ impl Wiring {
     /// # Errors
     /// When the wait itself fails.
     pub async fn finished(self) -> Result<(), Error> {
-        let failed = || Error::system("wait for the end of the output");
-        let done = Receiver::from_owned_fd(self.done).map_err(failed())?;
-        // Nobody writes into this pipe: it becomes readable when its last writer has closed it.
-        done.readable().await.map_err(failed())?;
+        over(self.done).await?;
+        over(self.stderr_done).await?;
         for relay in self.relays {
             // A relay that panicked has printed why, and there is nothing to be saved.
             let _ = tokio::task::spawn_blocking(move || relay.join()).await;
         }
         Ok(())
     }
+
+    /// Waits until no process in the guest has standard error open any more.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn stderr_closed(&self) -> Result<impl Future<Output = Result<(), Error>> + use<>, Error> {
+        Ok(over(duplicate(&self.stderr_done)?))
+    }
+}
+
+/// Waits until a pipe has no writers. Nobody writes into it: it becomes readable when the last one has closed it.
+async fn over(pipe: OwnedFd) -> Result<(), Error> {
+    let failed = || Error::system("wait for the end of the output");
+    let pipe = Receiver::from_owned_fd(pipe).map_err(failed())?;
+    pipe.readable().await.map_err(failed())
 }
 
 #[cfg(test)]

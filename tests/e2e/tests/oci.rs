@@ -560,6 +560,16 @@ fn the_version_and_the_features_are_what_callers_parse() {
 }
 
 #[test]
+fn output_that_the_container_closes_is_over_for_its_caller_too() {
+    let bundle = Bundle::shell("echo up; exec >/dev/null 2>&1; exec sleep 1000");
+    let dir = bundle.dir();
+    let run = ["run", "--detach", "-b", dir.to_str().unwrap(), "one"];
+    // Whoever reads to the end does so while it runs.
+    assert_eq!(succeed(&bundle.run(&run)), "up\n");
+    assert_eq!(bundle.state()["status"], "running");
+}
+
+#[test]
 fn a_name_of_another_runtimes_is_this_runtimes_too() {
     let host = Host::new();
     let name = host.path("runc");
