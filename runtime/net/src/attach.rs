@@ -1,14 +1,14 @@
 //! Attaching a sandbox to a network: it is written down first, and then made in steps, each of which can be the last that happens.
 //! Whichever that is, `detach` finds the record and removes all there is.
 
-use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::OwnedFd;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use rtnetlink::packet_route::link::{InfoData, InfoVeth};
-use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth};
+use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec};
 
 use crate::egress::Names;
 use crate::netlink::Netlink;
@@ -17,14 +17,12 @@ use crate::networks::{find, if_missing, plan};
 use crate::sandbox::Record;
 use crate::store::State;
 use crate::{
-    Attached, Attachment, Error, Lease, Mac, Namespace, Network, NetworkSpec, Networks,
-    Reservation, Result, nft, ports, sysctl,
+    Adopted, Attached, Attachment, Error, GuestAddress, GuestInterface, GuestRoute, Lease, Mac,
+    Network, NetworkSpec, Networks, Reservation, Result, nft, ports, sys, sysctl,
 };
 
-/// How the sandbox's interface is called inside.
+/// How the sandbox's interface is called in its guest.
 const INSIDE: &str = "eth0";
-/// The index of every namespace's loopback interface (the kernel's LOOPBACK_IFINDEX).
-const LOOPBACK: u32 = 1;
 /// Longest ID of a sandbox, bytes.
 const MAX_ID: usize = 128;
 
@@ -99,23 +97,18 @@ impl Networks {
         let netlink = Netlink::connect(&self.host)?;
         let bridge = self.make_bridge(&netlink, &network).await?;
         between()?;
-        let namespace = match &record.namespace {
-            Some(path) => Namespace::persistent(path)?,
-            None => Namespace::anonymous()?,
-        };
-        between()?;
         // Before there is anybody whom they are about.
         let mut rules = nft::Batch::default();
         rules.add_network(&network);
         rules.add_sandbox(&id, &record, &network);
         nft::add(&self.host, rules).await?;
         between()?;
-        self.lay_cable(&netlink, &namespace, &record, (bridge, &network))
-            .await?;
+        let (index, tap) = self.make_port(&netlink, &record).await?;
         between()?;
-        configure(&namespace, &record, &network).await?;
+        self.plug_in(&netlink, index, (bridge, &network)).await?;
+        let interface = inside(index, &record, &network);
         Ok(Attached {
-            namespace,
+            adopted: Adopted { interface, tap },
             reservation,
             addresses,
             names,
@@ -154,11 +147,6 @@ impl Networks {
                 }
                 chosen => {
                     let (record, network) = chosen?;
-                    // What is there is somebody else's, and must not be taken for this sandbox's when that is removed.
-                    if let Some(path) = record.namespace.as_ref().filter(|path| path.exists()) {
-                        let what = format!("make the network namespace {}", path.display());
-                        return Err(Error::system(what)(ErrorKind::AlreadyExists.into()));
-                    }
                     let ipv6 = network.subnet6.is_some();
                     let reservation = ports::reserve(&self.host, &record.publish, ipv6)?;
                     let id = wanted.id.clone();
@@ -197,45 +185,49 @@ impl Networks {
         Ok(index)
     }
 
-    /// Connects the bridge with the namespace.
-    async fn lay_cable(
+    /// Makes the tap that is to be the sandbox's port, and answers its index too. It stays until it is removed: whoever closed one that goes
+    /// by itself would have to wait for the kernel.
+    async fn make_port(&self, netlink: &Netlink, record: &Record) -> Result<(u32, OwnedFd)> {
+        let port = record.port();
+        let make = || {
+            let doing = || format!("make the interface {port}");
+            let tap = match sys::create_tap(&port) {
+                Err(Errno::EBUSY) => return Ok(None),
+                made => made.map_err(Error::errno(doing()))?,
+            };
+            sys::keep_tap(&tap).map_err(Error::errno(doing()))?;
+            sysctl::silence(&port)?;
+            let index = if_nametoindex(port.as_str()).map_err(Error::errno(doing()))?;
+            Ok(Some((index, tap)))
+        };
+        if let Some(made) = self.host.run(make)?? {
+            return Ok(made);
+        }
+        // Left by somebody whose records are gone, too.
+        netlink.remove_links(&[&port]).await?;
+        self.host
+            .run(make)??
+            .ok_or_else(|| Error::errno(format!("make the interface {port}"))(Errno::EBUSY))
+    }
+
+    /// Makes a tap a port of the bridge.
+    async fn plug_in(
         &self,
         netlink: &Netlink,
-        namespace: &Namespace,
-        record: &Record,
+        index: u32,
         (bridge, network): (u32, &Network),
     ) -> Result<()> {
-        let port = record.port();
-        let doing = || format!("make the interface {port}");
-        let inside = LinkUnspec::new_with_name(INSIDE)
-            .address(record.mac.bytes().to_vec())
-            .mtu(network.mtu)
-            .setns_by_fd(namespace.as_fd().as_raw_fd())
-            .build();
-        let message = LinkVeth::new(&port, INSIDE)
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(inside)))
+        let what = "make a port of a bridge";
+        let message = LinkUnspec::new_with_index(index)
             .mtu(network.mtu)
             .controller(bridge)
+            .up()
             .build();
-        let make = || netlink.raw().link().add(message.clone()).execute();
-        let mut made = make().await.map_err(Error::netlink(doing()));
-        if made
-            .as_ref()
-            .is_err_and(|e| e.os_error() == Some(libc::EEXIST))
-        {
-            // Left by somebody whose records are gone, too.
-            netlink.remove_link(&port).await?;
-            made = make().await.map_err(Error::netlink(doing()));
-        }
-        made?;
-        let index = self.host.run(|| {
-            sysctl::silence(&port)?;
-            if_nametoindex(port.as_str()).map_err(Error::errno(doing()))
-        })??;
+        netlink.set_link(what, message).await?;
         // A sandbox can come back to itself by way of a port that it publishes.
-        let message = LinkBridgePort::new(index).hairpin(true).up().build();
+        let message = LinkBridgePort::new(index).hairpin(true).build();
         let set = netlink.raw().link().set_port(message).execute().await;
-        set.map_err(Error::netlink(doing()))
+        set.map_err(Error::netlink(what))
     }
 }
 
@@ -284,7 +276,6 @@ fn choose(wanted: &Attachment, names: Names, state: &State) -> Result<(Record, N
         index: (0..).find(|index| !in_use(index)).unwrap_or(u32::MAX),
         network: network.name.clone(),
         home: wanted.home.clone(),
-        namespace: wanted.namespace.clone(),
         address,
         address6: network.address6(address),
         mac,
@@ -319,23 +310,43 @@ fn check_publications(wanted: &Attachment, network: &Network) -> Result<()> {
     Ok(())
 }
 
-/// Gives the sandbox's end of its cable its addresses. All others, its network's too, are reached through the host.
-async fn configure(namespace: &Namespace, record: &Record, network: &Network) -> Result<()> {
-    let netlink = Netlink::connect(namespace)?;
-    netlink.set_up(LOOPBACK).await?;
-    let index = netlink.index(INSIDE).await?;
-    // Addresses are not asked for on the cable: only one can be the sandbox's.
-    for address in record.addresses().all() {
-        netlink.add_address(index, address.into()).await?;
+/// The sandbox's interface in its guest. All others, its network's too, are reached through the host; addresses are not asked for on the
+/// cable, for only one can be the sandbox's.
+fn inside(index: u32, record: &Record, network: &Network) -> GuestInterface {
+    let alone = |address: IpAddr| GuestAddress {
+        address,
+        prefix: IpNet::from(address).prefix_len(),
+        peer: None,
+        broadcast: None,
+    };
+    let ipv4 = std::iter::once((network.gateway().into(), Ipv4Net::default().into()));
+    let ipv6 = network
+        .gateway6()
+        .map(|at| (at.into(), Ipv6Net::default().into()));
+    let routes = ipv4
+        .chain(ipv6)
+        .flat_map(|(gateway, everywhere): (IpAddr, _)| {
+            let route = |destination, gateway, scope: RouteScope| GuestRoute {
+                destination,
+                gateway,
+                source: None,
+                metric: None,
+                scope: scope.into(),
+                onlink: false,
+                mtu: None,
+            };
+            [
+                route(gateway.into(), None, RouteScope::Link),
+                route(everywhere, Some(gateway), RouteScope::Universe),
+            ]
+        });
+    GuestInterface {
+        index,
+        name: INSIDE.to_owned(),
+        mac: record.mac,
+        mtu: network.mtu,
+        addresses: record.addresses().all().map(alone).collect(),
+        routes: routes.collect(),
+        neighbours: Vec::new(),
     }
-    netlink.set_up(index).await?;
-    let everywhere = Ipv4Net::default().into();
-    let everywhere6 = Ipv6Net::default().into();
-    let ipv4 = std::iter::once((network.gateway().into(), everywhere));
-    let ipv6 = network.gateway6().map(|at| (at.into(), everywhere6));
-    for (gateway, everywhere) in ipv4.chain(ipv6) {
-        netlink.add_route(index, IpNet::from(gateway), None).await?;
-        netlink.add_route(index, everywhere, Some(gateway)).await?;
-    }
-    Ok(())
 }

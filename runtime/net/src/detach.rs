@@ -3,11 +3,11 @@
 use crate::attach::Between;
 use crate::netlink::Netlink;
 use crate::networks::{find, on};
-use crate::{Namespace, Networks, Result, nft};
+use crate::{Networks, Result, nft};
 
 impl Networks {
-    /// Removes everything there is of a sandbox on the network: its namespace, interfaces, rules, ports and addresses. It is no
-    /// error when there is nothing. Whatever of the sandbox still runs is cut off.
+    /// Removes everything there is of a sandbox on the network: its interface, rules, ports and addresses. It is no error when there is
+    /// nothing. Whatever of the sandbox still runs is cut off.
     ///
     /// # Errors
     /// When the host refuses to remove something. The sandbox can then be detached again.
@@ -21,32 +21,26 @@ impl Networks {
             return Ok(());
         };
         let network = find(&state, &record.network)?;
-        // While the cable is there, so are the rules about it.
-        let netlink = Netlink::connect(&self.host)?;
-        netlink.remove_link(&record.port()).await?;
-        between()?;
-        if let Some(path) = &record.namespace {
-            Namespace::remove(path)?;
-        }
-        between()?;
         let mut locked = self.store.lock().await?;
         // Of two who remove one sandbox the slower must not remove its successor's record, or what is its successor's.
         if locked.state.sandboxes.get(id) != Some(record) {
             return Ok(());
         }
+        // As long as something can come by way of its port, there are rules about it.
+        let netlink = Netlink::connect(&self.host)?;
+        let port = record.port();
+        netlink.set_down(&port).await?;
+        between()?;
         locked.state.sandboxes.remove(id);
         let alone = on(&locked.state, &network.name).next().is_none();
-        if alone {
-            let left = Some(record);
-            self.take_down(network, left, &locked.state).await?;
-        } else {
-            let removal = nft::Removal {
-                network,
-                sandbox: Some(record),
-                whole: false,
-            };
-            nft::remove(&self.host, removal).await?;
-        }
+        let bridge = network.bridge();
+        let links = [port.as_str(), &bridge];
+        let links = if alone { &links[..] } else { &links[..1] };
+        // The kernel waits with each of the two until nobody can use what is gone.
+        let rules = self.remove_rules(network, Some(record), alone, &locked.state);
+        let (links, rules) = tokio::join!(netlink.remove_links(links), rules);
+        links?;
+        rules?;
         between()?;
         locked.write()
     }

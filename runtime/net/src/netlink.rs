@@ -2,7 +2,7 @@
 //! only its making happens inside.
 
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use ipnet::IpNet;
@@ -18,6 +18,9 @@ use rtnetlink::sys::AsyncSocket;
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::{Error, Mac, Namespace, Result};
+
+/// Groups of interfaces from this number on are cloison's (ip-link(8)); those of others are small numbers.
+const GROUPS: u32 = 0xc100_0000;
 
 /// Requests to one namespace's kernel side.
 #[derive(Debug, Clone)]
@@ -102,16 +105,39 @@ impl Netlink {
             .ok_or_else(|| Error::NoInterface(name.to_owned()))
     }
 
-    /// Removes the interface called `name`. It is no error when there is none.
-    pub(crate) async fn remove_link(&self, name: &str) -> Result<()> {
-        let Some(link) = self.link(name).await? else {
+    /// Removes the interfaces with these names, all at once, for the kernel takes its time after each removal. It is no error when one is
+    /// not there.
+    pub(crate) async fn remove_links(&self, names: &[&str]) -> Result<()> {
+        let mut there = Vec::new();
+        for name in names {
+            there.extend(self.link(name).await?.map(|link| link.index));
+        }
+        let what = || format!("remove the interface {}", names.join(" and "));
+        let Some((first, others)) = there.split_first() else {
             return Ok(());
         };
-        let removed = self.0.link().del(link.index).execute().await;
-        tolerate(
-            libc::ENODEV,
-            removed.map_err(Error::netlink(format!("remove the interface {name}"))),
-        )
+        if others.is_empty() {
+            let removed = self.0.link().del(*first).execute().await;
+            return tolerate(libc::ENODEV, removed.map_err(Error::netlink(what())));
+        }
+        // A group is what several can be named by. The first one's index makes it this removal's own.
+        let group = LinkAttribute::Group(GROUPS + first);
+        for index in &there {
+            let message = LinkUnspec::new_with_index(*index);
+            let message = message.append_extra_attribute(group.clone()).build();
+            tolerate(libc::ENODEV, self.set_link(&what(), message).await)?;
+        }
+        let mut request = self.0.link().del(0);
+        request.message_mut().attributes.push(group);
+        let removed = request.execute().await;
+        tolerate(libc::ENODEV, removed.map_err(Error::netlink(what())))
+    }
+
+    /// Has nothing come or go by the interface called `name`. It is no error when there is none.
+    pub(crate) async fn set_down(&self, name: &str) -> Result<()> {
+        let message = LinkUnspec::new_with_name(name).down().build();
+        let what = format!("bring the interface {name} down");
+        tolerate(libc::ENODEV, self.set_link(&what, message).await)
     }
 
     pub(crate) async fn set_link(&self, what: &str, message: LinkMessage) -> Result<()> {
@@ -139,33 +165,6 @@ impl Netlink {
         tolerate(
             libc::EEXIST,
             added.map_err(Error::netlink(format!("add the address {address}"))),
-        )
-    }
-
-    /// A route through an interface; it is no error when there is one. Without a gateway the destination is on the link.
-    pub(crate) async fn add_route(
-        &self,
-        index: u32,
-        destination: IpNet,
-        gateway: Option<IpAddr>,
-    ) -> Result<()> {
-        let (address, length) = (destination.addr(), destination.prefix_len());
-        let invalid = |_| Error::Subnet {
-            subnet: destination,
-            why: "its prefix is too long",
-        };
-        let route = RouteMessageBuilder::<IpAddr>::new()
-            .output_interface(index)
-            .destination_prefix(address, length)
-            .map_err(invalid)?;
-        let route = match gateway {
-            Some(gateway) => route.gateway(gateway).map_err(invalid)?,
-            None => route.scope(rtnetlink::packet_route::route::RouteScope::Link),
-        };
-        let added = self.0.route().add(route.build()).execute().await;
-        tolerate(
-            libc::EEXIST,
-            added.map_err(Error::netlink(format!("add a route to {destination}"))),
         )
     }
 

@@ -107,8 +107,11 @@ impl Networks {
             let name = name.to_owned();
             return Err(Error::NetworkInUse { name, sandboxes });
         }
-        // There is a bridge only if something was killed between removing a sandbox and this.
-        self.take_down(&network, None, &locked.state).await?;
+        // There is a bridge only if its last sandbox was written down, and something killed before it had a port.
+        let netlink = Netlink::connect(&self.host)?;
+        netlink.remove_links(&[&network.bridge()]).await?;
+        self.remove_rules(&network, None, true, &locked.state)
+            .await?;
         locked.state.networks.remove(name);
         locked.write()
     }
@@ -141,26 +144,24 @@ impl Networks {
         nft::restore(&self.host, rules).await
     }
 
-    /// Removes the bridge of a network that no sandbox is on any more, what of it and of the one that left is in the packet filter, and all
-    /// of that when no sandbox is on any network. To be called with the state locked, so that no sandbox comes meanwhile.
-    pub(crate) async fn take_down(
+    /// Removes what is in the packet filter of the sandbox that left, of its network if that goes too, and all of it when no sandbox is on
+    /// any network. To be called with the state locked, so that no sandbox comes meanwhile.
+    pub(crate) async fn remove_rules(
         &self,
         network: &Network,
         left: Option<&Record>,
+        whole: bool,
         state: &State,
     ) -> Result<()> {
-        let netlink = Netlink::connect(&self.host)?;
-        netlink.remove_link(&network.bridge()).await?;
         if state.sandboxes.is_empty() {
-            nft::remove_all(&self.host).await
-        } else {
-            let removal = nft::Removal {
-                network,
-                sandbox: left,
-                whole: true,
-            };
-            nft::remove(&self.host, removal).await
+            return nft::remove_all(&self.host).await;
         }
+        let removal = nft::Removal {
+            network,
+            sandbox: left,
+            whole,
+        };
+        nft::remove(&self.host, removal).await
     }
 
     /// What there is on the host besides cloison's networks.

@@ -58,7 +58,7 @@ pub enum Source {
 #[derive(Default)]
 pub struct Held {
     _pasta: Option<Pasta>,
-    _attached: Option<(Namespace, Reservation)>,
+    _reservation: Option<Reservation>,
     /// The container's egress policy has names in it: where, and under which ID.
     names: Option<(Networks, String)>,
 }
@@ -118,7 +118,6 @@ impl Source {
                     id: id.to_string(),
                     home: sandbox.to_owned(),
                     network: name.clone(),
-                    namespace: None,
                     address: options.ip,
                     mac: options.mac_address,
                     publish: options.publish.clone(),
@@ -184,10 +183,9 @@ impl Source {
                 let has_names = !lease.names.is_empty();
                 let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
-                let mut network = Network::owning(&attached.namespace)?;
-                network.plug(vm).await?;
+                let network = Network::of(vm, attached.adopted)?;
                 let held = Held {
-                    _attached: Some((attached.namespace, attached.reservation)),
+                    _reservation: Some(attached.reservation),
                     names: has_names.then_some((networks, id)),
                     ..Held::default()
                 };

@@ -16,7 +16,6 @@ fn fuse(mut steps: usize) -> impl FnMut() -> Result<()> + Send {
 /// A sandbox that has something of everything.
 fn wanted(world: &World, id: &str) -> Attachment {
     Attachment {
-        namespace: Some(world.dir.path().join("netns").join(id)),
         publish: vec![
             "8080-8082:80-82".parse().unwrap(),
             "127.0.0.1:53:53/udp".parse().unwrap(),
@@ -74,7 +73,7 @@ async fn whichever_step_of_attaching_was_the_last_nothing_is_left() {
         }
         steps += 1;
     }
-    assert_eq!(steps, 5);
+    assert_eq!(steps, 4);
 }
 
 #[tokio::test]
@@ -98,19 +97,27 @@ async fn whichever_step_of_detaching_was_the_last_the_next_attempt_ends_it() {
         }
         steps += 1;
     }
-    assert_eq!(steps, 3);
+    assert_eq!(steps, 2);
 }
 
 #[tokio::test]
 async fn an_attachment_that_fails_half_way_leaves_nothing() {
     let world = World::new();
+    world
+        .networks
+        .create(&network("gone", "10.3.0.0/24"))
+        .await
+        .unwrap();
     let before = world.traces();
     let wanted = Attachment {
-        // A file where the namespace should be mounted.
-        namespace: Some(world.dir.path().join("sandboxes")),
+        network: "gone".to_owned(),
         ..world.wanted("a")
     };
-    world.networks.attach(&wanted).await.unwrap_err();
+    let lease = world.networks.lease(&wanted).await.unwrap();
+    // Somebody else's interface has the name that the bridge should have, and cannot be one.
+    let bridge = lease.network.bridge();
+    command(&world.host, &format!("ip link add {bridge} type veth")).unwrap();
+    world.networks.connect(lease).await.unwrap_err();
     assert_same(&world.traces(), &before, "at the end");
 }
 
@@ -146,7 +153,7 @@ async fn the_addresses_of_sandboxes_that_are_gone_are_given_out_again() {
     let error = world.networks.attach(&on_tiny("b")).await.unwrap_err();
     assert!(matches!(error, Error::Exhausted(_)), "{error}");
     fs::remove_dir_all(world.home("a")).unwrap();
-    let b = world.networks.attach(&on_tiny("b")).await.unwrap();
+    let b = world.attach_as(&on_tiny("b")).await.unwrap();
     assert_eq!(ipv4(&b), "10.3.0.2");
 }
 
@@ -243,7 +250,7 @@ async fn sandboxes_that_come_and_go_at_once_do_not_disturb_each_other() {
         let (networks, wanted) = (world.networks.clone(), world.wanted(&format!("s{number}")));
         tokio::spawn(async move {
             for _ in 0..4 {
-                let attached = networks.attach(&wanted).await.unwrap();
+                let attached = Sandbox::new(networks.attach(&wanted).await.unwrap());
                 assert!(
                     tokio::task::spawn_blocking(move || crate::testing::pings(
                         &attached.namespace,
