@@ -234,15 +234,12 @@ impl Network {
             device,
         };
         self.interfaces.insert(interface.index, known);
-        let configured = async {
-            if place.present.is_none() {
-                agent.take_device(place.slot).await?;
-            }
-            let message = message(interface, device);
-            agent.configure_interface(&message).await
+        let message = api::Interface {
+            slot: place.present.is_none().then_some(place.slot),
+            ..message(interface, device)
         };
+        let configured = agent.configure_interface(&message).await;
         configured
-            .await
             .map_err(Error::from)
             .map_err(in_interface(&interface.name))
     }
