@@ -8,12 +8,11 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::route::RouteScope;
-use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec};
 
 use crate::egress::Names;
-use crate::netlink::Netlink;
+use crate::links::{Change, Links};
 use crate::network::is_name;
-use crate::networks::{find, if_missing, plan};
+use crate::networks::{find, plan};
 use crate::sandbox::Record;
 use crate::store::State;
 use crate::{
@@ -56,14 +55,18 @@ impl Networks {
     /// # Errors
     /// [`Error`] of what the host refuses.
     pub async fn connect(&self, lease: Lease) -> Result<Attached> {
-        let id = lease.id.clone();
-        let connected = self.connect_until(lease, &mut || Ok(())).await;
-        if connected.is_err()
-            && let Err(another) = self.detach(&id).await
-        {
-            tracing::warn!("cannot clean up after a failure: {another}");
-        }
-        connected
+        let networks = self.clone();
+        on_a_thread(move || {
+            let id = lease.id.clone();
+            let connected = networks.connect_until(lease, &mut || Ok(()));
+            if connected.is_err()
+                && let Err(another) = networks.detach_blocking(&id)
+            {
+                tracing::warn!("cannot clean up after a failure: {another}");
+            }
+            connected
+        })
+        .await
     }
 
     /// Puts a sandbox on a network: [`Networks::lease`] and [`Networks::connect`].
@@ -82,10 +85,10 @@ impl Networks {
     ) -> Result<Attached> {
         let lease = self.lease(wanted).await?;
         between()?;
-        self.connect_until(lease, between).await
+        self.connect_until(lease, between)
     }
 
-    async fn connect_until(&self, lease: Lease, between: Between<'_>) -> Result<Attached> {
+    fn connect_until(&self, lease: Lease, between: Between<'_>) -> Result<Attached> {
         let Lease {
             id,
             addresses,
@@ -94,18 +97,25 @@ impl Networks {
             reservation,
             record,
         } = lease;
-        let netlink = Netlink::connect(&self.host)?;
-        let bridge = self.make_bridge(&netlink, &network).await?;
-        between()?;
-        // Before there is anybody whom they are about.
-        let mut rules = nft::Batch::default();
-        rules.add_network(&network);
-        rules.add_sandbox(&id, &record, &network);
-        nft::add(&self.host, rules).await?;
-        between()?;
-        let (index, tap) = self.make_port(&netlink, &record).await?;
-        between()?;
-        self.plug_in(&netlink, index, (bridge, &network)).await?;
+        let (index, tap) = self.host.run(|| {
+            let links = Links::open()?;
+            let bridge = make_bridge(&links, &network)?;
+            between()?;
+            // Before there is anybody whom they are about.
+            let mut rules = nft::Batch::default();
+            rules.add_network(&network);
+            rules.add_sandbox(&id, &record, &network);
+            nft::add(&rules)?;
+            between()?;
+            let (index, tap) = make_port(&links, &record)?;
+            between()?;
+            links.make(&[
+                Change::plug_in(index, bridge, network.mtu),
+                // A sandbox can come back to itself by way of a port that it publishes.
+                Change::hairpin(index),
+            ])?;
+            Ok((index, tap))
+        })??;
         let interface = inside(index, &record, &network);
         Ok(Attached {
             adopted: Adopted { interface, tap },
@@ -158,77 +168,56 @@ impl Networks {
         }
         Err(Error::Exhausted(wanted.network.clone()))
     }
+}
 
-    /// Makes a network's bridge, or makes sure of it. Returns its index.
-    async fn make_bridge(&self, netlink: &Netlink, network: &Network) -> Result<u32> {
-        let bridge = network.bridge();
-        // It is brought up last.
-        if let Some(link) = netlink.link(&bridge).await?.filter(|link| link.up) {
-            sysctl::set_up_host(&self.host, &bridge, network.subnet6.is_some())?;
-            return Ok(link.index);
-        }
-        let doing = format!("make the bridge {bridge}");
-        // Ports forward at once: there is no loop to look for. Multicast goes everywhere, which is to the host.
-        let message = LinkBridge::new(&bridge)
-            .mcast_snooping(false)
-            .address(network.mac().bytes().to_vec())
-            .mtu(network.mtu)
-            .build();
-        let made = netlink.raw().link().add(message).execute().await;
-        if_missing(made.map_err(Error::netlink(doing)))?;
-        let index = netlink.index(&bridge).await?;
-        sysctl::set_up_host(&self.host, &bridge, network.subnet6.is_some())?;
-        for address in gateways(network) {
-            netlink.add_address(index, address).await?;
-        }
-        netlink.set_up(index).await?;
-        Ok(index)
+/// Makes a network's bridge in the calling thread's namespace, or makes sure of it. Returns its index.
+fn make_bridge(links: &Links, network: &Network) -> Result<u32> {
+    let bridge = network.bridge();
+    let set_up = || sysctl::set_up_host(&bridge, network.subnet6.is_some());
+    // It is brought up last.
+    if let Some(link) = links.find(&bridge)?.filter(|link| link.up) {
+        set_up()?;
+        return Ok(link.index);
     }
+    links.make(&[Change::add_bridge(network)])?;
+    let link = links.find(&bridge)?;
+    let index = link.ok_or_else(|| Error::NoInterface(bridge.clone()))?.index;
+    set_up()?;
+    let mut changes: Vec<_> = gateways(network)
+        .into_iter()
+        .map(|address| Change::add_address(index, address))
+        .collect();
+    changes.push(Change::set_up(index));
+    links.make(&changes)?;
+    Ok(index)
+}
 
-    /// Makes the tap that is to be the sandbox's port, and answers its index too. It stays until it is removed: whoever closed one that goes
-    /// by itself would have to wait for the kernel.
-    async fn make_port(&self, netlink: &Netlink, record: &Record) -> Result<(u32, OwnedFd)> {
-        let port = record.port();
-        let make = || {
-            let doing = || format!("make the interface {port}");
-            let tap = match sys::create_tap(&port) {
-                Err(Errno::EBUSY) => return Ok(None),
-                made => made.map_err(Error::errno(doing()))?,
-            };
-            sys::keep_tap(&tap).map_err(Error::errno(doing()))?;
-            sysctl::silence(&port)?;
-            let index = if_nametoindex(port.as_str()).map_err(Error::errno(doing()))?;
-            Ok(Some((index, tap)))
-        };
-        if let Some(made) = self.host.run(make)?? {
-            return Ok(made);
-        }
+/// Makes the tap that is to be the sandbox's port, in the calling thread's namespace, and answers its index too. It stays until it is removed:
+/// whoever closed one that goes by itself would have to wait for the kernel.
+fn make_port(links: &Links, record: &Record) -> Result<(u32, OwnedFd)> {
+    let port = record.port();
+    let doing = || format!("make the interface {port}");
+    let tap = match sys::create_tap(&port) {
         // Left by somebody whose records are gone, too.
-        netlink.remove_links(&[&port]).await?;
-        self.host
-            .run(make)??
-            .ok_or_else(|| Error::errno(format!("make the interface {port}"))(Errno::EBUSY))
-    }
+        Err(Errno::EBUSY) => {
+            links.make(&[Change::remove(&port)])?;
+            sys::create_tap(&port)
+        }
+        made => made,
+    };
+    let tap = tap.map_err(Error::errno(doing()))?;
+    sys::keep_tap(&tap).map_err(Error::errno(doing()))?;
+    sysctl::silence(&port)?;
+    let index = if_nametoindex(port.as_str()).map_err(Error::errno(doing()))?;
+    Ok((index, tap))
+}
 
-    /// Makes a tap a port of the bridge.
-    async fn plug_in(
-        &self,
-        netlink: &Netlink,
-        index: u32,
-        (bridge, network): (u32, &Network),
-    ) -> Result<()> {
-        let what = "make a port of a bridge";
-        let message = LinkUnspec::new_with_index(index)
-            .mtu(network.mtu)
-            .controller(bridge)
-            .up()
-            .build();
-        netlink.set_link(what, message).await?;
-        // A sandbox can come back to itself by way of a port that it publishes.
-        let message = LinkBridgePort::new(index).hairpin(true).build();
-        let set = netlink.raw().link().set_port(message).execute().await;
-        set.map_err(Error::netlink(what))
-    }
+/// Does what waits for the kernel, and for nothing else, on a thread where it may.
+pub(crate) async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Error::system("finish work on the network")(e.into()))?
 }
 
 /// The host's addresses on a network.

@@ -5,7 +5,6 @@ use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use ipnet::IpNet;
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
@@ -18,9 +17,6 @@ use rtnetlink::sys::AsyncSocket;
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::{Error, Mac, Namespace, Result};
-
-/// Groups of interfaces from this number on are cloison's (ip-link(8)); those of others are small numbers.
-const GROUPS: u32 = 0xc100_0000;
 
 /// Requests to one namespace's kernel side.
 #[derive(Debug, Clone)]
@@ -105,41 +101,6 @@ impl Netlink {
             .ok_or_else(|| Error::NoInterface(name.to_owned()))
     }
 
-    /// Removes the interfaces with these names, all at once, for the kernel takes its time after each removal. It is no error when one is
-    /// not there.
-    pub(crate) async fn remove_links(&self, names: &[&str]) -> Result<()> {
-        let mut there = Vec::new();
-        for name in names {
-            there.extend(self.link(name).await?.map(|link| link.index));
-        }
-        let what = || format!("remove the interface {}", names.join(" and "));
-        let Some((first, others)) = there.split_first() else {
-            return Ok(());
-        };
-        if others.is_empty() {
-            let removed = self.0.link().del(*first).execute().await;
-            return tolerate(libc::ENODEV, removed.map_err(Error::netlink(what())));
-        }
-        // A group is what several can be named by. The first one's index makes it this removal's own.
-        let group = LinkAttribute::Group(GROUPS + first);
-        for index in &there {
-            let message = LinkUnspec::new_with_index(*index);
-            let message = message.append_extra_attribute(group.clone()).build();
-            tolerate(libc::ENODEV, self.set_link(&what(), message).await)?;
-        }
-        let mut request = self.0.link().del(0);
-        request.message_mut().attributes.push(group);
-        let removed = request.execute().await;
-        tolerate(libc::ENODEV, removed.map_err(Error::netlink(what())))
-    }
-
-    /// Has nothing come or go by the interface called `name`. It is no error when there is none.
-    pub(crate) async fn set_down(&self, name: &str) -> Result<()> {
-        let message = LinkUnspec::new_with_name(name).down().build();
-        let what = format!("bring the interface {name} down");
-        tolerate(libc::ENODEV, self.set_link(&what, message).await)
-    }
-
     pub(crate) async fn set_link(&self, what: &str, message: LinkMessage) -> Result<()> {
         let set = self.0.link().set(message).execute().await;
         set.map_err(Error::netlink(what))
@@ -148,24 +109,6 @@ impl Netlink {
     pub(crate) async fn set_up(&self, index: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).up().build();
         self.set_link("bring an interface up", message).await
-    }
-
-    /// Gives an interface an address; it is no error when it has it. Nobody else can have it, so nobody is asked.
-    pub(crate) async fn add_address(&self, index: u32, address: IpNet) -> Result<()> {
-        use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
-        let mut request = self
-            .0
-            .address()
-            .add(index, address.addr(), address.prefix_len());
-        if address.addr().is_ipv6() {
-            let flags = AddressAttribute::Flags(AddressFlags::Nodad);
-            request.message_mut().attributes.push(flags);
-        }
-        let added = request.execute().await;
-        tolerate(
-            libc::EEXIST,
-            added.map_err(Error::netlink(format!("add the address {address}"))),
-        )
     }
 
     pub(crate) async fn addresses(&self) -> Result<Vec<AddressMessage>> {
@@ -192,7 +135,7 @@ impl Netlink {
 }
 
 impl Link {
-    fn read(message: LinkMessage) -> Option<Self> {
+    pub(crate) fn read(message: LinkMessage) -> Option<Self> {
         let mut link = Self {
             index: message.header.index,
             name: String::new(),

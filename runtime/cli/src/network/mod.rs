@@ -151,6 +151,14 @@ impl Source {
         }
     }
 
+    /// Whether an interface comes while the guest starts, whatever happens.
+    pub fn is_sure(&self) -> bool {
+        match self {
+            Self::None | Self::Namespace(_) => false,
+            Self::User(_) | Self::Leased(..) => true,
+        }
+    }
+
     /// The interfaces that are there before the launch.
     ///
     /// # Errors
@@ -200,10 +208,8 @@ impl Source {
 /// # Errors
 /// When something of it cannot be removed; it can be tried again.
 pub fn detach(home: &Home, id: &Id) -> Result<()> {
-    on_a_runtime(|| async {
-        let detached = networks(home)?.detach(id.as_str()).await;
-        detached.with_context(|| format!("cannot take container {} off its network", id.short()))
-    })
+    let detached = networks(home)?.detach_blocking(id.as_str());
+    detached.with_context(|| format!("cannot take container {} off its network", id.short()))
 }
 
 /// Leaves the namespace that somebody prepared for a container, if somebody did, as it was. To be called when the container's VM is gone and
@@ -227,16 +233,17 @@ pub fn release(sandbox: &Path, record: &NetworkRecord) -> Result<()> {
     })
 }
 
-/// Takes every container off its network that is gone.
+/// Takes every container off its network that is gone, and the bridges away of networks that no container is on.
 ///
 /// # Errors
 /// As for [`detach`].
 pub fn prune(home: &Home) -> Result<()> {
     on_a_runtime(|| async {
-        let pruned = networks(home)?.prune().await;
-        pruned
-            .map(drop)
-            .context("cannot take containers that are gone off their networks")
+        let networks = networks(home)?;
+        let pruned = networks.prune().await;
+        pruned.context("cannot take containers that are gone off their networks")?;
+        let cleared = networks.clear().await;
+        cleared.context("cannot remove the bridges of networks that nobody is on")
     })
 }
 

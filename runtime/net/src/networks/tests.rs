@@ -138,7 +138,7 @@ impl World {
                 .map(|line| format!("{}\n", line.split(" <").next().unwrap_or_default()))
                 .collect(),
             show("ip -o addr"),
-            show("ip route show table all"),
+            show("ip route show table all").replace(" linkdown", ""),
             show("nft list ruleset"),
             leases.unwrap_or_else(|_| "{}".to_owned()),
         ]
