@@ -35,6 +35,7 @@ pub struct Interface {
     name: String,
     mac: HardwareAddress,
     mtu: u32,
+    ipv4_only: bool,
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
@@ -178,6 +179,7 @@ pub fn read(request: &api::Interface) -> Result<Interface> {
         name: name.clone(),
         mac: hardware_address(&request.mac)?,
         mtu: request.mtu,
+        ipv4_only: request.ipv4_only,
         addresses: request
             .addresses
             .iter()

@@ -2,7 +2,7 @@
 //! at once. A general library would be the larger part of the agent.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -101,6 +101,11 @@ impl Netlink {
         )?;
         connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         Ok(Self(socket))
+    }
+
+    /// The socket, for what only ioctl(2) does.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Has the kernel make all of `changes`, in this order, with as few messages as will do. The error is that of the first that it refuses;

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use super::{Address, HardwareAddress, Interface, Neighbour, Route};
 use crate::netlink::{Change, Netlink, Request, attributes};
+use crate::sys;
 
 /// Length of `struct ifinfomsg`.
 const LINK: usize = 16;
@@ -13,6 +14,10 @@ const LINK: usize = 16;
 const METRIC_MTU: u16 = 2;
 /// RTEXT_FILTER_SKIP_STATS: a list of interfaces without what they have counted.
 const SKIP_STATISTICS: u32 = 1 << 3;
+/// AF_INET6 as the type of an attribute in IFLA_AF_SPEC, IFLA_INET6_ADDR_GEN_MODE in that, and IN6_ADDR_GEN_MODE_NONE.
+const AF_INET6: u16 = libc::AF_INET6 as u16;
+const ADDR_GEN_MODE: u16 = 8;
+const ADDR_GEN_MODE_NONE: u8 = 1;
 /// RTNH_F_ONLINK.
 const ONLINK: u32 = 4;
 /// How interfaces are called that are nobody's; the index follows.
@@ -36,11 +41,19 @@ impl Kernel {
 
     /// What gives the device its name, hardware address and MTU, and brings it up; and its index.
     pub fn set_link(&self, wanted: &Interface) -> io::Result<(i32, Vec<Change>)> {
-        let links = self.links()?;
-        let link = find(&links, wanted.device)?;
         let mut changes = Vec::new();
-        let holder = links.iter().find(|other| other.name == wanted.name);
-        if let Some(holder) = holder.filter(|holder| holder.index != link.index) {
+        // A device that is called so already is found by its name: to list all interfaces takes a guest from a template half a millisecond, for
+        // all that the kernel looks at there.
+        let (links, link) = match self.called(&wanted.name) {
+            Some(link) if link.mac == Some(wanted.device) => (Vec::new(), link),
+            _ => {
+                let mut links = self.links()?;
+                let position = find(&links, wanted.device)?;
+                let link = links.swap_remove(position);
+                (links, link)
+            }
+        };
+        if let Some(holder) = links.iter().find(|other| other.name == wanted.name) {
             // The kernel names devices as it finds them. No other that was configured has this name.
             changes.push(rename(holder.index, &format!("{SPARE}{}", holder.index)));
         }
@@ -53,8 +66,27 @@ impl Kernel {
         if link.mac != Some(wanted.mac) {
             request = request.attribute(libc::IFLA_ADDRESS, &wanted.mac);
         }
+        if wanted.ipv4_only {
+            // Before it is up, which is when the address is made.
+            let mode = nested(AF_INET6, ADDR_GEN_MODE, &[ADDR_GEN_MODE_NONE]);
+            let quiet = Request::new(libc::RTM_NEWLINK, 0, &link_unchanged(link.index))
+                .attribute(libc::IFLA_AF_SPEC, &mode);
+            // A kernel without IPv6.
+            changes.push(Change::new(quiet).unless(libc::EAFNOSUPPORT));
+        }
         changes.push(Change::new(request));
         Ok((link.index, changes))
+    }
+
+    /// The interface with this name, without asking for more than its index and hardware address.
+    fn called(&self, name: &str) -> Option<Link> {
+        let (index, mac) = sys::interface(self.0.socket(), name).ok()?;
+        Some(Link {
+            index,
+            name: name.to_owned(),
+            mac: Some(mac),
+            permanent: None,
+        })
     }
 
     /// Has the kernel make all of `changes`.
@@ -64,9 +96,11 @@ impl Kernel {
 
     /// Takes a device down, and with that all its addresses and routes, and its name from it. One that is gone is no error.
     pub fn retire(&self, device: HardwareAddress) -> io::Result<()> {
-        let Ok(index) = find(&self.links()?, device).map(|link| link.index) else {
+        let links = self.links()?;
+        let Ok(position) = find(&links, device) else {
             return Ok(());
         };
+        let index = links[position].index;
         let mut changes = vec![Change::new(Request::new(
             libc::RTM_NEWLINK,
             0,
@@ -181,11 +215,11 @@ fn read_link(body: &[u8]) -> Option<Link> {
     Some(link)
 }
 
-/// The interface of the device that came with this address.
-fn find(links: &[Link], device: HardwareAddress) -> io::Result<&Link> {
-    let permanent = links.iter().find(|link| link.permanent == Some(device));
+/// Where the interface is of the device that came with this address.
+fn find(links: &[Link], device: HardwareAddress) -> io::Result<usize> {
+    let permanent = links.iter().position(|link| link.permanent == Some(device));
     permanent
-        .or_else(|| links.iter().find(|link| link.mac == Some(device)))
+        .or_else(|| links.iter().position(|link| link.mac == Some(device)))
         .ok_or_else(|| {
             let [a, b, c, d, e, f] = device;
             io::Error::new(
@@ -210,6 +244,19 @@ fn link_message(index: i32, flags: libc::c_int, meant: libc::c_int) -> Vec<u8> {
         fixed.extend(number.to_ne_bytes());
     }
     fixed
+}
+
+/// An attribute with one attribute in it.
+fn nested(outer: u16, inner: u16, value: &[u8]) -> Vec<u8> {
+    let attribute = |kind: u16, value: &[u8]| {
+        // Both are a few bytes.
+        let length = (4 + value.len()) as u16;
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    attribute(outer, &attribute(inner, value))
 }
 
 fn name(text: &str) -> Vec<u8> {

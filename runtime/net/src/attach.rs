@@ -181,7 +181,12 @@ fn make_bridge(links: &Links, network: &Network) -> Result<u32> {
     }
     links.make(&[Change::add_bridge(network)])?;
     let link = links.find(&bridge)?;
-    let index = link.ok_or_else(|| Error::NoInterface(bridge.clone()))?.index;
+    let index = link
+        .ok_or_else(|| Error::NoInterface(bridge.clone()))?
+        .index;
+    if network.subnet6.is_none() {
+        sysctl::silence(&bridge)?;
+    }
     set_up()?;
     let mut changes: Vec<_> = gateways(network)
         .into_iter()
@@ -334,6 +339,7 @@ fn inside(index: u32, record: &Record, network: &Network) -> GuestInterface {
         name: INSIDE.to_owned(),
         mac: record.mac,
         mtu: network.mtu,
+        ipv4_only: network.subnet6.is_none(),
         addresses: record.addresses().all().map(alone).collect(),
         routes: routes.collect(),
         neighbours: Vec::new(),

@@ -96,7 +96,10 @@ impl Networks {
                 .iter()
                 .map(|network| Change::remove(&network.bridge()))
                 .collect();
-            let mut others = state.networks.values().filter(|network| !unused.contains(network));
+            let mut others = state
+                .networks
+                .values()
+                .filter(|network| !unused.contains(network));
             let others = others.try_fold(false, |any, network| Ok(any || there(&&network)?))?;
             // What is about a bridge that is gone does no harm; but what is about none would not be found again.
             if others {

@@ -10,8 +10,8 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
 use serde::Serialize;
 
-use crate::guest::ip;
 use crate::attach::on_a_thread;
+use crate::guest::ip;
 use crate::links::Links;
 use crate::netlink::Netlink;
 use crate::network::Surroundings;

@@ -18,7 +18,8 @@ use ipnet::{IpNet, Ipv4Net};
 
 use self::message::Family::{Bridge, Inet};
 use self::message::{
-    Element, Mapped, NFTA_OBJ_DATA, NFTA_TABLE_NAME, Set, TABLE, Type, Value, Verdict, concatenation,
+    Element, Mapped, NFTA_OBJ_DATA, NFTA_TABLE_NAME, Set, TABLE, Type, Value, Verdict,
+    concatenation,
 };
 use self::rule::{DPORT, L4PROTO, Rule, octets};
 use crate::network::Network;

@@ -19,7 +19,8 @@ pub(crate) fn set_up_host(bridge: &str, ipv6: bool) -> Result<()> {
     if ipv6 { forward_ipv6() } else { Ok(()) }
 }
 
-/// Keeps the calling thread's namespace from saying anything of its own by IPv6 at `interface`, which only carries others' frames.
+/// Keeps the calling thread's namespace from speaking IPv6 at `interface`: a port, which only carries others' frames, or a bridge without
+/// addresses of that kind.
 pub(crate) fn silence(interface: &str) -> Result<()> {
     set_if_there(format!("{IPV6}/{interface}/disable_ipv6"), "1")
 }

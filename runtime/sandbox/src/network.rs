@@ -325,6 +325,7 @@ fn message(interface: &GuestInterface, device: MacAddress) -> api::Interface {
         name: interface.name.clone(),
         mac: interface.mac.bytes().to_vec(),
         mtu: interface.mtu,
+        ipv4_only: interface.ipv4_only,
         addresses: addresses.collect(),
         routes: routes.collect(),
         neighbours: neighbours.collect(),

@@ -131,9 +131,9 @@ pub(super) fn objects_in(datagram: &[u8], objects: &mut Vec<Object>) -> Result<(
         NLMSG_ERROR => {
             let error = ErrorBuffer::new_checked(payload).map_err(|_| nonsense())?;
             let refused = |code: i32| io::Error::from_raw_os_error(code.saturating_neg());
-            error.code().map_or(Ok(()), |code| {
-                Err(Error::system(READ)(refused(code.get())))
-            })
+            error
+                .code()
+                .map_or(Ok(()), |code| Err(Error::system(READ)(refused(code.get()))))
         }
         _ => {
             let (header, attributes) = payload

@@ -142,7 +142,10 @@ fn fixed_rules_of_another_version_are_replaced() {
     let (ours, theirs) = (namespace(), namespace());
     nft(&theirs, RULES);
     nft(&ours, RULES);
-    nft(&ours, "add rule inet cloison forward drop\nadd element inet cloison revision { 7 }");
+    nft(
+        &ours,
+        "add rule inet cloison forward drop\nadd element inet cloison revision { 7 }",
+    );
     ours.run(|| add(&Batch::default())).unwrap().unwrap();
     same(&ours, &theirs);
     // Those of this version are not looked at again.
