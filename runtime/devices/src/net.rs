@@ -348,11 +348,7 @@ impl Net {
 
     /// The tap is no more: to the guest, the cable has been pulled.
     fn lose_tap(&mut self, errno: Errno) {
-        match errno {
-            // It was removed, as when the sandbox has left its network.
-            Errno::EBADFD => tracing::debug!("the network device's tap is gone"),
-            errno => tracing::warn!("the network device has lost its tap: {errno}"),
-        }
+        tracing::warn!("the network device has lost its tap: {errno}");
         self.shared.link.set(0);
     }
 }

@@ -11,12 +11,10 @@
 mod adopt;
 mod attach;
 mod detach;
-mod direct;
 mod egress;
 mod error;
 pub mod files;
 mod guest;
-mod links;
 mod mac;
 mod macvtap;
 mod namespace;

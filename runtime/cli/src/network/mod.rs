@@ -58,7 +58,7 @@ pub enum Source {
 #[derive(Default)]
 pub struct Held {
     _pasta: Option<Pasta>,
-    _reservation: Option<Reservation>,
+    _attached: Option<(Namespace, Reservation)>,
     /// The container's egress policy has names in it: where, and under which ID.
     names: Option<(Networks, String)>,
 }
@@ -118,6 +118,7 @@ impl Source {
                     id: id.to_string(),
                     home: sandbox.to_owned(),
                     network: name.clone(),
+                    namespace: None,
                     address: options.ip,
                     mac: options.mac_address,
                     publish: options.publish.clone(),
@@ -148,14 +149,6 @@ impl Source {
             Self::None => 0,
             Self::Namespace(_) => LATER,
             Self::User(_) | Self::Leased(..) => 1,
-        }
-    }
-
-    /// Whether an interface comes while the guest starts, whatever happens.
-    pub fn is_sure(&self) -> bool {
-        match self {
-            Self::None | Self::Namespace(_) => false,
-            Self::User(_) | Self::Leased(..) => true,
         }
     }
 
@@ -191,9 +184,10 @@ impl Source {
                 let has_names = !lease.names.is_empty();
                 let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
-                let network = Network::of(vm, attached.adopted)?;
+                let mut network = Network::owning(&attached.namespace)?;
+                network.plug(vm).await?;
                 let held = Held {
-                    _reservation: Some(attached.reservation),
+                    _attached: Some((attached.namespace, attached.reservation)),
                     names: has_names.then_some((networks, id)),
                     ..Held::default()
                 };
@@ -208,8 +202,10 @@ impl Source {
 /// # Errors
 /// When something of it cannot be removed; it can be tried again.
 pub fn detach(home: &Home, id: &Id) -> Result<()> {
-    let detached = networks(home)?.detach_blocking(id.as_str());
-    detached.with_context(|| format!("cannot take container {} off its network", id.short()))
+    on_a_runtime(|| async {
+        let detached = networks(home)?.detach(id.as_str()).await;
+        detached.with_context(|| format!("cannot take container {} off its network", id.short()))
+    })
 }
 
 /// Leaves the namespace that somebody prepared for a container, if somebody did, as it was. To be called when the container's VM is gone and
@@ -233,17 +229,16 @@ pub fn release(sandbox: &Path, record: &NetworkRecord) -> Result<()> {
     })
 }
 
-/// Takes every container off its network that is gone, and the bridges away of networks that no container is on.
+/// Takes every container off its network that is gone.
 ///
 /// # Errors
 /// As for [`detach`].
 pub fn prune(home: &Home) -> Result<()> {
     on_a_runtime(|| async {
-        let networks = networks(home)?;
-        let pruned = networks.prune().await;
-        pruned.context("cannot take containers that are gone off their networks")?;
-        let cleared = networks.clear().await;
-        cleared.context("cannot remove the bridges of networks that nobody is on")
+        let pruned = networks(home)?.prune().await;
+        pruned
+            .map(drop)
+            .context("cannot take containers that are gone off their networks")
     })
 }
 
