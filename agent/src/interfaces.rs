@@ -12,6 +12,7 @@ use cloison_agent_api::agent as api;
 use tokio::sync::Mutex;
 
 use crate::error::{Doing, Error, Result};
+use crate::slots;
 use kernel::Kernel;
 
 /// Longest name, bytes (IFNAMSIZ, less the zero that ends it).
@@ -28,10 +29,13 @@ pub type HardwareAddress = [u8; 6];
 /// An interface as it shall be, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
+    /// The slot of its device, if the kernel may not have looked there.
+    slot: Option<u32>,
     device: HardwareAddress,
     name: String,
     mac: HardwareAddress,
     mtu: u32,
+    ipv4_only: bool,
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
@@ -112,30 +116,27 @@ async fn off_loop<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 }
 
 fn set(wanted: &Interface, before: Option<&Interface>) -> io::Result<()> {
+    if let Some(slot) = wanted.slot {
+        slots::take(slot)?;
+    }
     let kernel = Kernel::open()?;
-    let index = kernel.set_link(wanted)?;
+    let (index, mut changes) = kernel.set_link(wanted)?;
     if let Some(before) = before {
         // In the order in which they depend on each other.
-        for route in gone(&before.routes, &wanted.routes).rev() {
-            kernel.remove_route(index, route)?;
-        }
-        for address in gone(&before.addresses, &wanted.addresses) {
-            kernel.remove_address(index, address)?;
-        }
-        for neighbour in gone(&before.neighbours, &wanted.neighbours) {
-            kernel.remove_neighbour(index, neighbour)?;
-        }
+        let routes = gone(&before.routes, &wanted.routes).rev();
+        changes.extend(routes.map(|route| kernel::remove_route(index, route)));
+        let addresses = gone(&before.addresses, &wanted.addresses);
+        changes.extend(addresses.map(|address| kernel::remove_address(index, address)));
+        let neighbours = gone(&before.neighbours, &wanted.neighbours);
+        changes.extend(neighbours.map(|neighbour| kernel::remove_neighbour(index, neighbour)));
     }
-    for address in &wanted.addresses {
-        kernel.add_address(index, address)?;
-    }
-    for neighbour in &wanted.neighbours {
-        kernel.add_neighbour(index, neighbour)?;
-    }
-    for route in &wanted.routes {
-        kernel.add_route(index, route)?;
-    }
-    Ok(())
+    let addresses = wanted.addresses.iter();
+    changes.extend(addresses.map(|address| kernel::add_address(index, address)));
+    let neighbours = wanted.neighbours.iter();
+    changes.extend(neighbours.map(|neighbour| kernel::add_neighbour(index, neighbour)));
+    let routes = wanted.routes.iter();
+    changes.extend(routes.map(|route| kernel::add_route(index, route)));
+    kernel.make(&changes)
 }
 
 /// What was and shall not be any more.
@@ -173,10 +174,12 @@ pub fn read(request: &api::Interface) -> Result<Interface> {
         return Err(Error::TooMany("addresses, routes or neighbours"));
     }
     Ok(Interface {
+        slot: request.slot,
         device: hardware_address(&request.device)?,
         name: name.clone(),
         mac: hardware_address(&request.mac)?,
         mtu: request.mtu,
+        ipv4_only: request.ipv4_only,
         addresses: request
             .addresses
             .iter()

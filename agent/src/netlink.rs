@@ -2,7 +2,7 @@
 //! at once. A general library would be the larger part of the agent.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,8 +13,11 @@ use nix::sys::socket::{
 /// Length of `struct nlmsghdr`, and of `struct nlattr`.
 const HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
-/// More than the kernel puts into one message of a dump.
-const BUFFER: usize = 64 << 10;
+/// More than the kernel puts into one message of a dump, or answers to [`BATCH`] requests; each page that is touched costs a guest more
+/// than a system call.
+const BUFFER: usize = 16 << 10;
+/// Most requests that are sent at once: there is room for the answers to them (`net.core.rmem_default`).
+const BATCH: usize = 64;
 
 /// A request under construction: a header, a fixed part, and attributes.
 #[derive(Debug, Clone)]
@@ -28,7 +31,7 @@ impl Request {
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
         bytes.extend(flags.to_ne_bytes());
-        // Sequence number and port, which tell requests of several askers apart: there is one, and one request at a time.
+        // Sequence number and port, which tell requests of several askers apart: there is one, and what it sends at once it numbers.
         bytes.extend([0; 8]);
         bytes.extend(fixed);
         Self(bytes)
@@ -60,6 +63,30 @@ impl Request {
     }
 }
 
+/// A request that changes something, and the one refusal that says that nothing has to be changed.
+#[derive(Debug, Clone)]
+pub struct Change {
+    request: Request,
+    unless: Option<i32>,
+}
+
+impl Change {
+    pub fn new(request: Request) -> Self {
+        Self {
+            request,
+            unless: None,
+        }
+    }
+
+    /// That this is refused with this error is no error.
+    pub fn unless(self, number: i32) -> Self {
+        Self {
+            unless: Some(number),
+            ..self
+        }
+    }
+}
+
 /// A socket to the kernel, for the network namespace it was opened in.
 #[derive(Debug)]
 pub struct Netlink(OwnedFd);
@@ -76,18 +103,47 @@ impl Netlink {
         Ok(Self(socket))
     }
 
-    /// Has the kernel do something.
-    pub fn ask(&self, mut request: Request) -> io::Result<()> {
-        request.0[6] |= libc::NLM_F_ACK as u8;
-        self.exchange(request, |_, _| ())
+    /// The socket, for what only ioctl(2) does.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Has the kernel make all of `changes`, in this order, with as few messages as will do. The error is that of the first that it refuses;
+    /// those behind it have been tried.
+    pub fn make(&self, changes: &[Change]) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        let mut failed = None;
+        for some in changes.chunks(BATCH) {
+            let mut bytes = Vec::new();
+            for (sequence, change) in (0u32..).zip(some) {
+                let mut request = change.request.clone();
+                request.0[6] |= libc::NLM_F_ACK as u8;
+                request.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
+                bytes.extend(request.finish());
+            }
+            send(self.0.as_raw_fd(), &bytes, MsgFlags::empty())?;
+            let mut answered = 0;
+            while answered < some.len() {
+                let length = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+                for (kind, sequence, body) in numbered(&buffer[..length]) {
+                    if i32::from(kind) != libc::NLMSG_ERROR {
+                        continue;
+                    }
+                    answered += 1;
+                    let unless = some.get(sequence as usize).and_then(|change| change.unless);
+                    if let Err(error) = answer(body)
+                        && (error.raw_os_error() != unless || unless.is_none())
+                    {
+                        failed.get_or_insert(error);
+                    }
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Has the kernel list something: `each` gets the type of each message and what follows its header.
-    pub fn list(&self, request: Request, each: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        self.exchange(request, each)
-    }
-
-    fn exchange(&self, request: Request, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    pub fn list(&self, request: Request, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         send(self.0.as_raw_fd(), &request.finish(), MsgFlags::empty())?;
         let mut buffer = vec![0; BUFFER];
         loop {
@@ -115,11 +171,18 @@ fn answer(body: &[u8]) -> io::Result<()> {
 
 /// The messages in `bytes`: their types, and what follows their headers.
 fn messages(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    pieces(bytes, HEADER, |header| {
+    numbered(bytes).map(|(kind, _, body)| (kind, body))
+}
+
+/// The same with their sequence numbers.
+fn numbered(bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
+    let whole = pieces(bytes, HEADER, |header| {
         let length = u32::from_ne_bytes(*header.first_chunk()?);
         let kind = u16::from_ne_bytes(*header.get(4..)?.first_chunk()?);
-        Some((length as usize, kind))
-    })
+        let sequence = u32::from_ne_bytes(*header.get(8..)?.first_chunk()?);
+        Some((length as usize, (kind, sequence)))
+    });
+    whole.map(|((kind, sequence), body)| (kind, sequence, body))
 }
 
 /// The attributes in `bytes`: their types and values.
@@ -133,11 +196,11 @@ pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 
 /// Cuts `bytes` into pieces that begin with a header which tells the whole piece's length, and are aligned to four bytes. What is cut
 /// short ends the sequence.
-fn pieces(
+fn pieces<T>(
     mut bytes: &[u8],
     header: usize,
-    read: impl Fn(&[u8]) -> Option<(usize, u16)>,
-) -> impl Iterator<Item = (u16, &[u8])> {
+    read: impl Fn(&[u8]) -> Option<(usize, T)>,
+) -> impl Iterator<Item = (T, &[u8])> {
     std::iter::from_fn(move || {
         let (length, kind) = read(bytes)?;
         let body = bytes.get(header..length)?;
@@ -197,7 +260,14 @@ mod tests {
             })
             .unwrap();
         assert!(names.contains(&b"lo\0".to_vec()));
-        let nonsense = Request::new(libc::RTM_DELLINK, 0, &[0; 16]);
-        netlink.ask(nonsense).unwrap_err();
+        let nonsense = || Change::new(Request::new(libc::RTM_DELLINK, 0, &[0; 16]));
+        let refused = netlink.make(&[nonsense(), nonsense()]).unwrap_err();
+        let number = refused.raw_os_error().unwrap();
+        let many: Vec<_> = (0..3 * BATCH).map(|_| nonsense().unless(number)).collect();
+        netlink.make(&many).unwrap();
+        netlink
+            .make(&[nonsense().unless(number), nonsense().unless(number + 1)])
+            .unwrap_err();
+        netlink.make(&[]).unwrap();
     }
 }

@@ -553,12 +553,6 @@ impl Agent for Service {
         whole(off_loop(move || service.use_first_cpus(count), doing)).await
     }
 
-    async fn take_device(&self, _: &TtrpcContext, request: DeviceRequest) -> ttrpc::Result<Empty> {
-        let slot = request.slot;
-        let doing = move || format!("taking up the device in slot {slot}");
-        whole(off_loop(move || slots::take(slot), doing)).await
-    }
-
     async fn release_device(
         &self,
         _: &TtrpcContext,

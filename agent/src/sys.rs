@@ -49,6 +49,34 @@ pub fn loopback_up() -> io::Result<()> {
     check(result)
 }
 
+/// The index and the hardware address of the interface called `name`, in the network namespace of `socket`.
+pub fn interface(socket: BorrowedFd<'_>, name: &str) -> io::Result<(i32, [u8; 6])> {
+    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays the zero that ends the name.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let ask = |what, request: &mut libc::ifreq| {
+        // SAFETY: both requests that are made read the name in an ifreq, which lives, and write an answer into it.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw mut *request) })
+    };
+    ask(libc::SIOCGIFINDEX, &mut request)?;
+    // SAFETY: the request has filled the index in, and any bytes are a number.
+    let index = unsafe { request.ifr_ifru.ifru_ifindex };
+    ask(libc::SIOCGIFHWADDR, &mut request)?;
+    // SAFETY: the request has filled an address in, and any bytes are one.
+    let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+    let mut address = [0; 6];
+    for (to, from) in address.iter_mut().zip(data) {
+        *to = from.cast_unsigned();
+    }
+    Ok((index, address))
+}
+
 /// rand_pool_info (linux/random.h) with its bytes.
 #[repr(C)]
 struct Entropy {

@@ -5,12 +5,19 @@ use std::io;
 use std::net::IpAddr;
 
 use super::{Address, HardwareAddress, Interface, Neighbour, Route};
-use crate::netlink::{Netlink, Request, attributes};
+use crate::netlink::{Change, Netlink, Request, attributes};
+use crate::sys;
 
 /// Length of `struct ifinfomsg`.
 const LINK: usize = 16;
 /// RTAX_MTU, within RTA_METRICS.
 const METRIC_MTU: u16 = 2;
+/// RTEXT_FILTER_SKIP_STATS: a list of interfaces without what they have counted.
+const SKIP_STATISTICS: u32 = 1 << 3;
+/// AF_INET6 as the type of an attribute in IFLA_AF_SPEC, IFLA_INET6_ADDR_GEN_MODE in that, and IN6_ADDR_GEN_MODE_NONE.
+const AF_INET6: u16 = libc::AF_INET6 as u16;
+const ADDR_GEN_MODE: u16 = 8;
+const ADDR_GEN_MODE_NONE: u8 = 1;
 /// RTNH_F_ONLINK.
 const ONLINK: u32 = 4;
 /// How interfaces are called that are nobody's; the index follows.
@@ -32,14 +39,23 @@ impl Kernel {
         Netlink::open().map(Self)
     }
 
-    /// Gives the device its name, hardware address and MTU, and brings it up. Answers its index.
-    pub fn set_link(&self, wanted: &Interface) -> io::Result<i32> {
-        let links = self.links()?;
-        let link = find(&links, wanted.device)?;
-        let holder = links.iter().find(|other| other.name == wanted.name);
-        if let Some(holder) = holder.filter(|holder| holder.index != link.index) {
+    /// What gives the device its name, hardware address and MTU, and brings it up; and its index.
+    pub fn set_link(&self, wanted: &Interface) -> io::Result<(i32, Vec<Change>)> {
+        let mut changes = Vec::new();
+        // A device that is called so already is found by its name: to list all interfaces takes a guest from a template half a millisecond, for
+        // all that the kernel looks at there.
+        let (links, link) = match self.called(&wanted.name) {
+            Some(link) if link.mac == Some(wanted.device) => (Vec::new(), link),
+            _ => {
+                let mut links = self.links()?;
+                let position = find(&links, wanted.device)?;
+                let link = links.swap_remove(position);
+                (links, link)
+            }
+        };
+        if let Some(holder) = links.iter().find(|other| other.name == wanted.name) {
             // The kernel names devices as it finds them. No other that was configured has this name.
-            self.rename(holder.index, &format!("{SPARE}{}", holder.index))?;
+            changes.push(rename(holder.index, &format!("{SPARE}{}", holder.index)));
         }
         let up = libc::IFF_UP;
         let mut request = Request::new(libc::RTM_NEWLINK, 0, &link_fixed(link.index, up))
@@ -50,17 +66,48 @@ impl Kernel {
         if link.mac != Some(wanted.mac) {
             request = request.attribute(libc::IFLA_ADDRESS, &wanted.mac);
         }
-        self.0.ask(request)?;
-        Ok(link.index)
+        if wanted.ipv4_only {
+            // Before it is up, which is when the address is made.
+            let mode = nested(AF_INET6, ADDR_GEN_MODE, &[ADDR_GEN_MODE_NONE]);
+            let quiet = Request::new(libc::RTM_NEWLINK, 0, &link_unchanged(link.index))
+                .attribute(libc::IFLA_AF_SPEC, &mode);
+            // A kernel without IPv6.
+            changes.push(Change::new(quiet).unless(libc::EAFNOSUPPORT));
+        }
+        changes.push(Change::new(request));
+        Ok((link.index, changes))
+    }
+
+    /// The interface with this name, without asking for more than its index and hardware address.
+    fn called(&self, name: &str) -> Option<Link> {
+        let (index, mac) = sys::interface(self.0.socket(), name).ok()?;
+        Some(Link {
+            index,
+            name: name.to_owned(),
+            mac: Some(mac),
+            permanent: None,
+        })
+    }
+
+    /// Has the kernel make all of `changes`.
+    pub fn make(&self, changes: &[Change]) -> io::Result<()> {
+        self.0.make(changes)
     }
 
     /// Takes a device down, and with that all its addresses and routes, and its name from it. One that is gone is no error.
     pub fn retire(&self, device: HardwareAddress) -> io::Result<()> {
-        let Ok(index) = find(&self.links()?, device).map(|link| link.index) else {
+        let links = self.links()?;
+        let Ok(position) = find(&links, device) else {
             return Ok(());
         };
-        self.0
-            .ask(Request::new(libc::RTM_NEWLINK, 0, &link_fixed(index, 0)))?;
+        let index = links[position].index;
+        let mut changes = vec![Change::new(Request::new(
+            libc::RTM_NEWLINK,
+            0,
+            &link_fixed(index, 0),
+        ))];
+        self.0.make(&changes)?;
+        changes.clear();
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut addresses = Vec::new();
             let mut fixed = [0; 8];
@@ -81,63 +128,69 @@ impl Kernel {
                     }
                 }
                 // The kernel's own goes by itself.
-                tolerate(libc::EADDRNOTAVAIL, self.0.ask(request))?;
+                changes.push(Change::new(request).unless(libc::EADDRNOTAVAIL));
             }
         }
-        self.rename(index, &format!("{SPARE}{index}"))
-    }
-
-    pub fn add_address(&self, index: i32, address: &Address) -> io::Result<()> {
-        // Routes come by themselves, and who has the address was found out on the host.
-        let flags = libc::IFA_F_NOPREFIXROUTE | libc::IFA_F_NODAD;
-        let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-        let request = address_request(libc::RTM_NEWADDR, create, index, address)
-            .attribute(libc::IFA_FLAGS, &flags.to_ne_bytes());
-        let broadcast = address.broadcast.map(|broadcast| broadcast.octets());
-        let broadcast = broadcast.as_ref().map(<[u8; 4]>::as_slice);
-        self.0.ask(request.maybe(libc::IFA_BROADCAST, broadcast))
-    }
-
-    pub fn remove_address(&self, index: i32, address: &Address) -> io::Result<()> {
-        let request = address_request(libc::RTM_DELADDR, 0, index, address);
-        tolerate(libc::EADDRNOTAVAIL, self.0.ask(request))
-    }
-
-    pub fn add_route(&self, index: i32, route: &Route) -> io::Result<()> {
-        // There may be another route to the same place, through another interface.
-        let create = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
-        let request = route_request(libc::RTM_NEWROUTE, create, index, route);
-        tolerate(libc::EEXIST, self.0.ask(request))
-    }
-
-    pub fn remove_route(&self, index: i32, route: &Route) -> io::Result<()> {
-        // It may have gone with an address.
-        let request = route_request(libc::RTM_DELROUTE, 0, index, route);
-        tolerate(libc::ESRCH, self.0.ask(request))
-    }
-
-    pub fn add_neighbour(&self, index: i32, neighbour: &Neighbour) -> io::Result<()> {
-        let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-        let request = neighbour_request(libc::RTM_NEWNEIGH, create, index, neighbour);
-        self.0.ask(request)
-    }
-
-    pub fn remove_neighbour(&self, index: i32, neighbour: &Neighbour) -> io::Result<()> {
-        let request = neighbour_request(libc::RTM_DELNEIGH, 0, index, neighbour);
-        tolerate(libc::ENOENT, self.0.ask(request))
-    }
-
-    fn rename(&self, index: i32, to: &str) -> io::Result<()> {
-        let request = Request::new(libc::RTM_NEWLINK, 0, &link_unchanged(index));
-        self.0.ask(request.attribute(libc::IFLA_IFNAME, &name(to)))
+        changes.push(rename(index, &format!("{SPARE}{index}")));
+        self.0.make(&changes)
     }
 
     fn links(&self) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
-        let all = Request::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; LINK]);
+        let all = Request::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; LINK])
+            .attribute(libc::IFLA_EXT_MASK, &SKIP_STATISTICS.to_ne_bytes());
         self.0.list(all, |_, body| links.extend(read_link(body)))?;
         Ok(links)
     }
+}
+
+pub fn add_address(index: i32, address: &Address) -> Change {
+    // Routes come by themselves, and who has the address was found out on the host.
+    let flags = libc::IFA_F_NOPREFIXROUTE | libc::IFA_F_NODAD;
+    let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+    let request = address_request(libc::RTM_NEWADDR, create, index, address)
+        .attribute(libc::IFA_FLAGS, &flags.to_ne_bytes());
+    let broadcast = address.broadcast.map(|broadcast| broadcast.octets());
+    let broadcast = broadcast.as_ref().map(<[u8; 4]>::as_slice);
+    Change::new(request.maybe(libc::IFA_BROADCAST, broadcast))
+}
+
+pub fn remove_address(index: i32, address: &Address) -> Change {
+    let request = address_request(libc::RTM_DELADDR, 0, index, address);
+    Change::new(request).unless(libc::EADDRNOTAVAIL)
+}
+
+pub fn add_route(index: i32, route: &Route) -> Change {
+    // There may be another route to the same place, through another interface.
+    let create = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
+    let request = route_request(libc::RTM_NEWROUTE, create, index, route);
+    Change::new(request).unless(libc::EEXIST)
+}
+
+pub fn remove_route(index: i32, route: &Route) -> Change {
+    // It may have gone with an address.
+    let request = route_request(libc::RTM_DELROUTE, 0, index, route);
+    Change::new(request).unless(libc::ESRCH)
+}
+
+pub fn add_neighbour(index: i32, neighbour: &Neighbour) -> Change {
+    let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+    Change::new(neighbour_request(
+        libc::RTM_NEWNEIGH,
+        create,
+        index,
+        neighbour,
+    ))
+}
+
+pub fn remove_neighbour(index: i32, neighbour: &Neighbour) -> Change {
+    let request = neighbour_request(libc::RTM_DELNEIGH, 0, index, neighbour);
+    Change::new(request).unless(libc::ENOENT)
+}
+
+fn rename(index: i32, to: &str) -> Change {
+    let request = Request::new(libc::RTM_NEWLINK, 0, &link_unchanged(index));
+    Change::new(request.attribute(libc::IFLA_IFNAME, &name(to)))
 }
 
 fn read_link(body: &[u8]) -> Option<Link> {
@@ -162,11 +215,11 @@ fn read_link(body: &[u8]) -> Option<Link> {
     Some(link)
 }
 
-/// The interface of the device that came with this address.
-fn find(links: &[Link], device: HardwareAddress) -> io::Result<&Link> {
-    let permanent = links.iter().find(|link| link.permanent == Some(device));
+/// Where the interface is of the device that came with this address.
+fn find(links: &[Link], device: HardwareAddress) -> io::Result<usize> {
+    let permanent = links.iter().position(|link| link.permanent == Some(device));
     permanent
-        .or_else(|| links.iter().find(|link| link.mac == Some(device)))
+        .or_else(|| links.iter().position(|link| link.mac == Some(device)))
         .ok_or_else(|| {
             let [a, b, c, d, e, f] = device;
             io::Error::new(
@@ -191,6 +244,19 @@ fn link_message(index: i32, flags: libc::c_int, meant: libc::c_int) -> Vec<u8> {
         fixed.extend(number.to_ne_bytes());
     }
     fixed
+}
+
+/// An attribute with one attribute in it.
+fn nested(outer: u16, inner: u16, value: &[u8]) -> Vec<u8> {
+    let attribute = |kind: u16, value: &[u8]| {
+        // Both are a few bytes.
+        let length = (4 + value.len()) as u16;
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    attribute(outer, &attribute(inner, value))
 }
 
 fn name(text: &str) -> Vec<u8> {
@@ -277,12 +343,4 @@ fn neighbour_request(kind: u16, flags: libc::c_int, index: i32, neighbour: &Neig
     Request::new(kind, flags, &fixed)
         .attribute(libc::NDA_DST, &octets(neighbour.address))
         .attribute(libc::NDA_LLADDR, &neighbour.mac)
-}
-
-/// Takes one error for a success.
-fn tolerate(number: i32, result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.raw_os_error() == Some(number) => Ok(()),
-        result => result,
-    }
 }

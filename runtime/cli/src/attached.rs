@@ -21,7 +21,7 @@ pub enum Outcome {
     Abandoned(i32),
 }
 
-/// Passes signals on until the process has ended and its output has arrived.
+/// Passes signals on until the process has ended and its output has arrived; `exited` is called in between.
 ///
 /// # Errors
 /// When the agent is lost.
@@ -29,9 +29,10 @@ pub async fn wait(
     attached: &Attached<'_>,
     wiring: Wiring,
     signals: &mut Signals,
+    exited: impl FnOnce(),
 ) -> Result<Outcome> {
     let mut asked = 0;
-    let ended = attached.ended(wiring);
+    let ended = attached.ended_and_told(wiring, exited);
     tokio::pin!(ended);
     loop {
         tokio::select! {

@@ -9,6 +9,7 @@ use cloison_sandbox::{Agent, AgentError, Attached, ExitStatus, Network, Signals,
 use cloison_vmm::probe::Probed;
 use cloison_vmm::{ControlClient, VmSpec, monotonic};
 use oci_spec::runtime::Spec;
+use tokio::task::JoinHandle;
 
 use crate::attached::{self, Outcome};
 use crate::container::{Container, MonitorLock, Record, State, now};
@@ -42,6 +43,15 @@ struct Guest {
     control: Arc<ControlClient>,
     /// The VM process.
     pid: u32,
+}
+
+/// A container's way to its network.
+struct Connection {
+    source: Source,
+    /// The interfaces that are there before the VM.
+    early: Option<Network>,
+    /// Once it is on its way off it.
+    left: Option<JoinHandle<Result<()>>>,
 }
 
 /// How a container's life went, as seen from where its process was to run.
@@ -96,7 +106,7 @@ impl Monitor {
         let streams = std::mem::take(&mut self.streams);
         let sandbox = self.container.sandbox();
         let source = std::mem::replace(&mut self.source, Source::None);
-        let (network, nics) = source.early().await.context(NO_NETWORK)?;
+        let (early, nics) = source.early().await.context(NO_NETWORK)?;
         let (mut vm, wiring) = sandbox
             .launch(self.vm.clone(), streams, nics)
             .context("cannot start the container's VM")?;
@@ -109,8 +119,13 @@ impl Monitor {
             pid: vm.pid(),
         };
 
+        let mut network = Connection {
+            source,
+            early,
+            left: None,
+        };
         let lived = tokio::select! {
-            lived = self.drive(&guest, wiring, network, source, &mut signals, started) => lived,
+            lived = self.drive(&guest, wiring, &mut network, &mut signals, started) => lived,
             ended = vm.ended() => {
                 let end = ended.context("the container's VM is gone")?;
                 return Err(anyhow::Error::from(cloison_sandbox::Error::from(end)).into());
@@ -123,11 +138,6 @@ impl Monitor {
                 profile.output(&timeline);
             }
         }
-        // The kernel takes its time over interfaces, and the VM has no more use for its own.
-        let left = match lived {
-            Ok(Outcome::Exited(_)) if self.record.network.is_leased() => Some(self.leave_network()),
-            _ => None,
-        };
         if matches!(lived, Ok(Outcome::Exited(_))) {
             vm.shut_down(std::time::Duration::ZERO).await;
         }
@@ -145,8 +155,11 @@ impl Monitor {
             profile.guest("shutting down", monotonic());
         }
         let killed = vm.kill().await;
-        if let Some(left) = left {
-            left.await;
+        if let Some(left) = network.left {
+            // What went wrong is tried again when all is cleared up, and told then.
+            if let Ok(Err(error)) = left.await {
+                tracing::debug!("{error:#}");
+            }
         }
         let _ = killed.context("cannot end the container's VM")?;
         if let Some(profile) = &mut self.profile {
@@ -161,24 +174,18 @@ impl Monitor {
         }
     }
 
-    /// Begins to take the container off its network. What goes wrong is tried again when all is cleared up, and told then.
-    fn leave_network(&self) -> impl Future<Output = ()> + use<> {
+    /// Begins to take the container off its network.
+    fn leave_network(&self) -> JoinHandle<Result<()>> {
         let home = self.container.home().clone();
         let id = self.container.id().clone();
-        let left = tokio::task::spawn_blocking(move || network::detach(&home, &id));
-        async move {
-            if let Ok(Err(error)) = left.await {
-                tracing::debug!("{error:#}");
-            }
-        }
+        tokio::task::spawn_blocking(move || network::detach(&home, &id))
     }
 
     async fn drive(
         &mut self,
         guest: &Guest,
         wiring: Wiring,
-        mut network: Option<Network>,
-        source: Source,
+        connection: &mut Connection,
         signals: &mut Signals,
         started: impl FnOnce(&Container) -> Result<()>,
     ) -> Result<Outcome> {
@@ -191,6 +198,8 @@ impl Monitor {
             control,
             pid,
         } = guest;
+        let source = std::mem::replace(&mut connection.source, Source::None);
+        let mut network = connection.early.take();
         let mut held = None;
         let start = async {
             // The guest boots while its network is made.
@@ -258,9 +267,12 @@ impl Monitor {
             exec_id: "",
             size: &|| tty.then(terminal::size).flatten(),
         };
+        // The kernel takes its time over interfaces, and what has ended has no more use for its own.
+        let leased = self.record.network.is_leased();
+        let exited = || connection.left = leased.then(|| self.leave_network());
         let lived = tokio::select! {
             biased;
-            ended = attached::wait(&attached, wiring, signals) => ended,
+            ended = attached::wait(&attached, wiring, signals, exited) => ended,
             never = follow(network.as_mut(), guest) => match never {},
             never = look_up_names(held.as_ref()) => match never {},
         };

@@ -348,7 +348,11 @@ impl Net {
 
     /// The tap is no more: to the guest, the cable has been pulled.
     fn lose_tap(&mut self, errno: Errno) {
-        tracing::warn!("the network device has lost its tap: {errno}");
+        match errno {
+            // It was removed, as when the sandbox has left its network.
+            Errno::EBADFD => tracing::debug!("the network device's tap is gone"),
+            errno => tracing::warn!("the network device has lost its tap: {errno}"),
+        }
         self.shared.link.set(0);
     }
 }

@@ -26,8 +26,8 @@ const INGRESS: u32 = 0xffff_0000;
 pub struct Adopted {
     /// What to tell the guest.
     pub interface: GuestInterface,
-    /// A tap with IFF_VNET_HDR and no offloads: the network device sets those its guest takes. The interface stays redirected as
-    /// long as this is open.
+    /// A tap with IFF_VNET_HDR and no offloads: the network device sets those its guest takes. An interface of somebody else's stays
+    /// redirected as long as this is open.
     pub tap: OwnedFd,
 }
 
@@ -59,8 +59,6 @@ pub struct Adopter {
     /// By index. `None` for one that was refused.
     adopted: BTreeMap<u32, Option<GuestInterface>>,
     changes: VecDeque<Change>,
-    /// Whether the namespace goes with the sandbox.
-    owned: bool,
     /// Whether there was a notice since the last complete look.
     noticed: bool,
 }
@@ -78,19 +76,8 @@ impl Adopter {
             notices,
             adopted: BTreeMap::new(),
             changes: VecDeque::new(),
-            owned: false,
             noticed: true,
         })
-    }
-
-    /// As [`Adopter::new`], for a namespace that was made for the sandbox and goes when that is gone. A tap goes with it then instead of when it
-    /// is closed: whoever closes one has to wait for the kernel, which removes namespaces by itself.
-    ///
-    /// # Errors
-    /// As for [`Adopter::new`].
-    pub fn owning(namespace: &Namespace) -> Result<Self> {
-        let owned = true;
-        Self::new(namespace).map(|adopter| Self { owned, ..adopter })
     }
 
     /// The changes up to this moment; on the first call, all interfaces that there are.
@@ -194,12 +181,8 @@ impl Adopter {
     async fn redirect(&self, link: &Link) -> Result<OwnedFd> {
         let name = tap_name(link);
         let doing = || format!("make a tap for the interface {}", link.name);
-        let owned = self.owned;
         let tap = self.namespace.run(|| {
             let tap = sys::create_tap(&name).map_err(Error::errno(doing()))?;
-            if owned {
-                sys::keep_tap(&tap).map_err(Error::errno(doing()))?;
-            }
             sysctl::silence(&name)?;
             Ok::<_, Error>(tap)
         })??;

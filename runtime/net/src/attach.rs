@@ -1,30 +1,27 @@
 //! Attaching a sandbox to a network: it is written down first, and then made in steps, each of which can be the last that happens.
 //! Whichever that is, `detach` finds the record and removes all there is.
 
-use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::OwnedFd;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use rtnetlink::packet_route::link::{InfoData, InfoVeth};
-use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth};
+use rtnetlink::packet_route::route::RouteScope;
 
 use crate::egress::Names;
-use crate::netlink::Netlink;
+use crate::links::{Change, Links};
 use crate::network::is_name;
-use crate::networks::{find, if_missing, plan};
+use crate::networks::{find, plan};
 use crate::sandbox::Record;
 use crate::store::State;
 use crate::{
-    Attached, Attachment, Error, Lease, Mac, Namespace, Network, NetworkSpec, Networks,
-    Reservation, Result, nft, ports, sysctl,
+    Adopted, Attached, Attachment, Error, GuestAddress, GuestInterface, GuestRoute, Lease, Mac,
+    Network, NetworkSpec, Networks, Reservation, Result, nft, ports, sys, sysctl,
 };
 
-/// How the sandbox's interface is called inside.
+/// How the sandbox's interface is called in its guest.
 const INSIDE: &str = "eth0";
-/// The index of every namespace's loopback interface (the kernel's LOOPBACK_IFINDEX).
-const LOOPBACK: u32 = 1;
 /// Longest ID of a sandbox, bytes.
 const MAX_ID: usize = 128;
 
@@ -58,14 +55,18 @@ impl Networks {
     /// # Errors
     /// [`Error`] of what the host refuses.
     pub async fn connect(&self, lease: Lease) -> Result<Attached> {
-        let id = lease.id.clone();
-        let connected = self.connect_until(lease, &mut || Ok(())).await;
-        if connected.is_err()
-            && let Err(another) = self.detach(&id).await
-        {
-            tracing::warn!("cannot clean up after a failure: {another}");
-        }
-        connected
+        let networks = self.clone();
+        on_a_thread(move || {
+            let id = lease.id.clone();
+            let connected = networks.connect_until(lease, &mut || Ok(()));
+            if connected.is_err()
+                && let Err(another) = networks.detach_blocking(&id)
+            {
+                tracing::warn!("cannot clean up after a failure: {another}");
+            }
+            connected
+        })
+        .await
     }
 
     /// Puts a sandbox on a network: [`Networks::lease`] and [`Networks::connect`].
@@ -84,10 +85,10 @@ impl Networks {
     ) -> Result<Attached> {
         let lease = self.lease(wanted).await?;
         between()?;
-        self.connect_until(lease, between).await
+        self.connect_until(lease, between)
     }
 
-    async fn connect_until(&self, lease: Lease, between: Between<'_>) -> Result<Attached> {
+    fn connect_until(&self, lease: Lease, between: Between<'_>) -> Result<Attached> {
         let Lease {
             id,
             addresses,
@@ -96,26 +97,28 @@ impl Networks {
             reservation,
             record,
         } = lease;
-        let netlink = Netlink::connect(&self.host)?;
-        let bridge = self.make_bridge(&netlink, &network).await?;
-        between()?;
-        let namespace = match &record.namespace {
-            Some(path) => Namespace::persistent(path)?,
-            None => Namespace::anonymous()?,
-        };
-        between()?;
-        // Before there is anybody whom they are about.
-        let mut rules = nft::Batch::default();
-        rules.add_network(&network);
-        rules.add_sandbox(&id, &record, &network);
-        nft::add(&self.host, rules).await?;
-        between()?;
-        self.lay_cable(&netlink, &namespace, &record, (bridge, &network))
-            .await?;
-        between()?;
-        configure(&namespace, &record, &network).await?;
+        let (index, tap) = self.host.run(|| {
+            let links = Links::open()?;
+            let bridge = make_bridge(&links, &network)?;
+            between()?;
+            // Before there is anybody whom they are about.
+            let mut rules = nft::Batch::default();
+            rules.add_network(&network);
+            rules.add_sandbox(&id, &record, &network);
+            nft::add(&rules)?;
+            between()?;
+            let (index, tap) = make_port(&links, &record)?;
+            between()?;
+            links.make(&[
+                Change::plug_in(index, bridge, network.mtu),
+                // A sandbox can come back to itself by way of a port that it publishes.
+                Change::hairpin(index),
+            ])?;
+            Ok((index, tap))
+        })??;
+        let interface = inside(index, &record, &network);
         Ok(Attached {
-            namespace,
+            adopted: Adopted { interface, tap },
             reservation,
             addresses,
             names,
@@ -154,11 +157,6 @@ impl Networks {
                 }
                 chosen => {
                     let (record, network) = chosen?;
-                    // What is there is somebody else's, and must not be taken for this sandbox's when that is removed.
-                    if let Some(path) = record.namespace.as_ref().filter(|path| path.exists()) {
-                        let what = format!("make the network namespace {}", path.display());
-                        return Err(Error::system(what)(ErrorKind::AlreadyExists.into()));
-                    }
                     let ipv6 = network.subnet6.is_some();
                     let reservation = ports::reserve(&self.host, &record.publish, ipv6)?;
                     let id = wanted.id.clone();
@@ -170,73 +168,61 @@ impl Networks {
         }
         Err(Error::Exhausted(wanted.network.clone()))
     }
+}
 
-    /// Makes a network's bridge, or makes sure of it. Returns its index.
-    async fn make_bridge(&self, netlink: &Netlink, network: &Network) -> Result<u32> {
-        let bridge = network.bridge();
-        // It is brought up last.
-        if let Some(link) = netlink.link(&bridge).await?.filter(|link| link.up) {
-            sysctl::set_up_host(&self.host, &bridge, network.subnet6.is_some())?;
-            return Ok(link.index);
-        }
-        let doing = format!("make the bridge {bridge}");
-        // Ports forward at once: there is no loop to look for. Multicast goes everywhere, which is to the host.
-        let message = LinkBridge::new(&bridge)
-            .mcast_snooping(false)
-            .address(network.mac().bytes().to_vec())
-            .mtu(network.mtu)
-            .build();
-        let made = netlink.raw().link().add(message).execute().await;
-        if_missing(made.map_err(Error::netlink(doing)))?;
-        let index = netlink.index(&bridge).await?;
-        sysctl::set_up_host(&self.host, &bridge, network.subnet6.is_some())?;
-        for address in gateways(network) {
-            netlink.add_address(index, address).await?;
-        }
-        netlink.set_up(index).await?;
-        Ok(index)
+/// Makes a network's bridge in the calling thread's namespace, or makes sure of it. Returns its index.
+fn make_bridge(links: &Links, network: &Network) -> Result<u32> {
+    let bridge = network.bridge();
+    let set_up = || sysctl::set_up_host(&bridge, network.subnet6.is_some());
+    // It is brought up last.
+    if let Some(link) = links.find(&bridge)?.filter(|link| link.up) {
+        set_up()?;
+        return Ok(link.index);
     }
+    links.make(&[Change::add_bridge(network)])?;
+    let link = links.find(&bridge)?;
+    let index = link
+        .ok_or_else(|| Error::NoInterface(bridge.clone()))?
+        .index;
+    if network.subnet6.is_none() {
+        sysctl::silence(&bridge)?;
+    }
+    set_up()?;
+    let mut changes: Vec<_> = gateways(network)
+        .into_iter()
+        .map(|address| Change::add_address(index, address))
+        .collect();
+    changes.push(Change::set_up(index));
+    links.make(&changes)?;
+    Ok(index)
+}
 
-    /// Connects the bridge with the namespace.
-    async fn lay_cable(
-        &self,
-        netlink: &Netlink,
-        namespace: &Namespace,
-        record: &Record,
-        (bridge, network): (u32, &Network),
-    ) -> Result<()> {
-        let port = record.port();
-        let doing = || format!("make the interface {port}");
-        let inside = LinkUnspec::new_with_name(INSIDE)
-            .address(record.mac.bytes().to_vec())
-            .mtu(network.mtu)
-            .setns_by_fd(namespace.as_fd().as_raw_fd())
-            .build();
-        let message = LinkVeth::new(&port, INSIDE)
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(inside)))
-            .mtu(network.mtu)
-            .controller(bridge)
-            .build();
-        let make = || netlink.raw().link().add(message.clone()).execute();
-        let mut made = make().await.map_err(Error::netlink(doing()));
-        if made
-            .as_ref()
-            .is_err_and(|e| e.os_error() == Some(libc::EEXIST))
-        {
-            // Left by somebody whose records are gone, too.
-            netlink.remove_link(&port).await?;
-            made = make().await.map_err(Error::netlink(doing()));
+/// Makes the tap that is to be the sandbox's port, in the calling thread's namespace, and answers its index too. It stays until it is removed:
+/// whoever closed one that goes by itself would have to wait for the kernel.
+fn make_port(links: &Links, record: &Record) -> Result<(u32, OwnedFd)> {
+    let port = record.port();
+    let doing = || format!("make the interface {port}");
+    let tap = match sys::create_tap(&port) {
+        // Left by somebody whose records are gone, too.
+        Err(Errno::EBUSY) => {
+            links.make(&[Change::remove(&port)])?;
+            sys::create_tap(&port)
         }
-        made?;
-        let index = self.host.run(|| {
-            sysctl::silence(&port)?;
-            if_nametoindex(port.as_str()).map_err(Error::errno(doing()))
-        })??;
-        // A sandbox can come back to itself by way of a port that it publishes.
-        let message = LinkBridgePort::new(index).hairpin(true).up().build();
-        let set = netlink.raw().link().set_port(message).execute().await;
-        set.map_err(Error::netlink(doing()))
-    }
+        made => made,
+    };
+    let tap = tap.map_err(Error::errno(doing()))?;
+    sys::keep_tap(&tap).map_err(Error::errno(doing()))?;
+    sysctl::silence(&port)?;
+    let index = if_nametoindex(port.as_str()).map_err(Error::errno(doing()))?;
+    Ok((index, tap))
+}
+
+/// Does what waits for the kernel, and for nothing else, on a thread where it may.
+pub(crate) async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Error::system("finish work on the network")(e.into()))?
 }
 
 /// The host's addresses on a network.
@@ -284,7 +270,6 @@ fn choose(wanted: &Attachment, names: Names, state: &State) -> Result<(Record, N
         index: (0..).find(|index| !in_use(index)).unwrap_or(u32::MAX),
         network: network.name.clone(),
         home: wanted.home.clone(),
-        namespace: wanted.namespace.clone(),
         address,
         address6: network.address6(address),
         mac,
@@ -319,23 +304,44 @@ fn check_publications(wanted: &Attachment, network: &Network) -> Result<()> {
     Ok(())
 }
 
-/// Gives the sandbox's end of its cable its addresses. All others, its network's too, are reached through the host.
-async fn configure(namespace: &Namespace, record: &Record, network: &Network) -> Result<()> {
-    let netlink = Netlink::connect(namespace)?;
-    netlink.set_up(LOOPBACK).await?;
-    let index = netlink.index(INSIDE).await?;
-    // Addresses are not asked for on the cable: only one can be the sandbox's.
-    for address in record.addresses().all() {
-        netlink.add_address(index, address.into()).await?;
+/// The sandbox's interface in its guest. All others, its network's too, are reached through the host; addresses are not asked for on the
+/// cable, for only one can be the sandbox's.
+fn inside(index: u32, record: &Record, network: &Network) -> GuestInterface {
+    let alone = |address: IpAddr| GuestAddress {
+        address,
+        prefix: IpNet::from(address).prefix_len(),
+        peer: None,
+        broadcast: None,
+    };
+    let ipv4 = std::iter::once((network.gateway().into(), Ipv4Net::default().into()));
+    let ipv6 = network
+        .gateway6()
+        .map(|at| (at.into(), Ipv6Net::default().into()));
+    let routes = ipv4
+        .chain(ipv6)
+        .flat_map(|(gateway, everywhere): (IpAddr, _)| {
+            let route = |destination, gateway, scope: RouteScope| GuestRoute {
+                destination,
+                gateway,
+                source: None,
+                metric: None,
+                scope: scope.into(),
+                onlink: false,
+                mtu: None,
+            };
+            [
+                route(gateway.into(), None, RouteScope::Link),
+                route(everywhere, Some(gateway), RouteScope::Universe),
+            ]
+        });
+    GuestInterface {
+        index,
+        name: INSIDE.to_owned(),
+        mac: record.mac,
+        mtu: network.mtu,
+        ipv4_only: network.subnet6.is_none(),
+        addresses: record.addresses().all().map(alone).collect(),
+        routes: routes.collect(),
+        neighbours: Vec::new(),
     }
-    netlink.set_up(index).await?;
-    let everywhere = Ipv4Net::default().into();
-    let everywhere6 = Ipv6Net::default().into();
-    let ipv4 = std::iter::once((network.gateway().into(), everywhere));
-    let ipv6 = network.gateway6().map(|at| (at.into(), everywhere6));
-    for (gateway, everywhere) in ipv4.chain(ipv6) {
-        netlink.add_route(index, IpNet::from(gateway), None).await?;
-        netlink.add_route(index, everywhere, Some(gateway)).await?;
-    }
-    Ok(())
 }

@@ -28,6 +28,9 @@ pub struct GuestInterface {
     pub mac: Mac,
     /// Most bytes in a packet, frame headers not counted.
     pub mtu: u32,
+    /// Whether nobody speaks IPv6 there, so that it has no link-local address either.
+    #[serde(default)]
+    pub ipv4_only: bool,
     /// Its addresses. They bring no routes of their own (IFA_F_NOPREFIXROUTE): all routes are in `routes`.
     pub addresses: Vec<GuestAddress>,
     /// Its routes in the main table, in an order in which they can be added.
@@ -115,6 +118,7 @@ impl Snapshot {
             name: link.name.clone(),
             mac,
             mtu: link.mtu,
+            ipv4_only: false,
             addresses: addresses.filter_map(|a| read_address(a, mac)).collect(),
             routes,
             neighbours: neighbours.filter_map(read_neighbour).collect(),

@@ -11,10 +11,12 @@
 mod adopt;
 mod attach;
 mod detach;
+mod direct;
 mod egress;
 mod error;
 pub mod files;
 mod guest;
+mod links;
 mod mac;
 mod macvtap;
 mod namespace;

@@ -2,10 +2,9 @@
 //! only its making happens inside.
 
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use ipnet::IpNet;
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
@@ -102,18 +101,6 @@ impl Netlink {
             .ok_or_else(|| Error::NoInterface(name.to_owned()))
     }
 
-    /// Removes the interface called `name`. It is no error when there is none.
-    pub(crate) async fn remove_link(&self, name: &str) -> Result<()> {
-        let Some(link) = self.link(name).await? else {
-            return Ok(());
-        };
-        let removed = self.0.link().del(link.index).execute().await;
-        tolerate(
-            libc::ENODEV,
-            removed.map_err(Error::netlink(format!("remove the interface {name}"))),
-        )
-    }
-
     pub(crate) async fn set_link(&self, what: &str, message: LinkMessage) -> Result<()> {
         let set = self.0.link().set(message).execute().await;
         set.map_err(Error::netlink(what))
@@ -122,51 +109,6 @@ impl Netlink {
     pub(crate) async fn set_up(&self, index: u32) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).up().build();
         self.set_link("bring an interface up", message).await
-    }
-
-    /// Gives an interface an address; it is no error when it has it. Nobody else can have it, so nobody is asked.
-    pub(crate) async fn add_address(&self, index: u32, address: IpNet) -> Result<()> {
-        use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
-        let mut request = self
-            .0
-            .address()
-            .add(index, address.addr(), address.prefix_len());
-        if address.addr().is_ipv6() {
-            let flags = AddressAttribute::Flags(AddressFlags::Nodad);
-            request.message_mut().attributes.push(flags);
-        }
-        let added = request.execute().await;
-        tolerate(
-            libc::EEXIST,
-            added.map_err(Error::netlink(format!("add the address {address}"))),
-        )
-    }
-
-    /// A route through an interface; it is no error when there is one. Without a gateway the destination is on the link.
-    pub(crate) async fn add_route(
-        &self,
-        index: u32,
-        destination: IpNet,
-        gateway: Option<IpAddr>,
-    ) -> Result<()> {
-        let (address, length) = (destination.addr(), destination.prefix_len());
-        let invalid = |_| Error::Subnet {
-            subnet: destination,
-            why: "its prefix is too long",
-        };
-        let route = RouteMessageBuilder::<IpAddr>::new()
-            .output_interface(index)
-            .destination_prefix(address, length)
-            .map_err(invalid)?;
-        let route = match gateway {
-            Some(gateway) => route.gateway(gateway).map_err(invalid)?,
-            None => route.scope(rtnetlink::packet_route::route::RouteScope::Link),
-        };
-        let added = self.0.route().add(route.build()).execute().await;
-        tolerate(
-            libc::EEXIST,
-            added.map_err(Error::netlink(format!("add a route to {destination}"))),
-        )
     }
 
     pub(crate) async fn addresses(&self) -> Result<Vec<AddressMessage>> {
@@ -193,7 +135,7 @@ impl Netlink {
 }
 
 impl Link {
-    fn read(message: LinkMessage) -> Option<Self> {
+    pub(crate) fn read(message: LinkMessage) -> Option<Self> {
         let mut link = Self {
             index: message.header.index,
             name: String::new(),

@@ -10,10 +10,11 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
 use serde::Serialize;
 
+use crate::attach::on_a_thread;
 use crate::guest::ip;
-use crate::netlink::{Netlink, tolerate};
+use crate::links::Links;
+use crate::netlink::Netlink;
 use crate::network::Surroundings;
-use crate::sandbox::Record;
 use crate::store::{State, Store};
 use crate::{Addresses, Error, Namespace, Network, NetworkSpec, Result, nft};
 
@@ -107,10 +108,13 @@ impl Networks {
             let name = name.to_owned();
             return Err(Error::NetworkInUse { name, sandboxes });
         }
-        // There is a bridge only if something was killed between removing a sandbox and this.
-        self.take_down(&network, None, &locked.state).await?;
-        locked.state.networks.remove(name);
-        locked.write()
+        let networks = self.clone();
+        on_a_thread(move || {
+            networks.remove_bridges(&[&network], &locked.state)?;
+            locked.state.networks.remove(&network.name);
+            locked.write()
+        })
+        .await
     }
 
     /// Chains of the administrator's or another program's by which the host forwards nothing that it was not told to, as "FAMILY
@@ -129,38 +133,23 @@ impl Networks {
     /// When the packet filter refuses.
     pub async fn restore(&self) -> Result<()> {
         let locked = self.store.lock().await?;
-        let mut rules = nft::Batch::default();
-        for (name, network) in &locked.state.networks {
-            if on(&locked.state, name).next().is_some() {
-                rules.add_network(network);
-            }
-        }
-        for (id, record) in &locked.state.sandboxes {
-            rules.add_sandbox(id, record, find(&locked.state, &record.network)?);
-        }
-        nft::restore(&self.host, rules).await
-    }
-
-    /// Removes the bridge of a network that no sandbox is on any more, what of it and of the one that left is in the packet filter, and all
-    /// of that when no sandbox is on any network. To be called with the state locked, so that no sandbox comes meanwhile.
-    pub(crate) async fn take_down(
-        &self,
-        network: &Network,
-        left: Option<&Record>,
-        state: &State,
-    ) -> Result<()> {
-        let netlink = Netlink::connect(&self.host)?;
-        netlink.remove_link(&network.bridge()).await?;
-        if state.sandboxes.is_empty() {
-            nft::remove_all(&self.host).await
-        } else {
-            let removal = nft::Removal {
-                network,
-                sandbox: left,
-                whole: true,
-            };
-            nft::remove(&self.host, removal).await
-        }
+        let networks = self.clone();
+        on_a_thread(move || {
+            networks.host.run(|| {
+                let links = Links::open()?;
+                let mut rules = nft::Batch::default();
+                for network in locked.state.networks.values() {
+                    if links.find(&network.bridge())?.is_some() {
+                        rules.add_network(network);
+                    }
+                }
+                for (id, record) in &locked.state.sandboxes {
+                    rules.add_sandbox(id, record, find(&locked.state, &record.network)?);
+                }
+                nft::restore(&rules)
+            })?
+        })
+        .await
     }
 
     /// What there is on the host besides cloison's networks.
@@ -227,11 +216,6 @@ pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Network> {
 pub(crate) fn on<'a>(state: &'a State, name: &'a str) -> impl Iterator<Item = &'a String> {
     let sandboxes = state.sandboxes.iter();
     sandboxes.filter_map(move |(id, record)| (record.network == name).then_some(id))
-}
-
-/// An interface that is there already is what was wanted.
-pub(crate) fn if_missing(result: Result<()>) -> Result<()> {
-    tolerate(libc::EEXIST, result)
 }
 
 #[cfg(test)]

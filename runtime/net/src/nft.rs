@@ -13,12 +13,14 @@ mod socket;
 mod tests;
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 
 use self::message::Family::{Bridge, Inet};
-use self::message::{Element, NFTA_OBJ_DATA, TABLE, Value, Verdict, concatenation};
+use self::message::{
+    Element, Mapped, NFTA_OBJ_DATA, NFTA_TABLE_NAME, Set, TABLE, Type, Value, Verdict,
+    concatenation,
+};
 use self::rule::{DPORT, L4PROTO, Rule, octets};
 use crate::network::Network;
 use crate::publish::Protocol;
@@ -26,11 +28,22 @@ use crate::sandbox::Record;
 use crate::{Namespace, Result};
 
 pub(crate) use self::message::Batch;
+pub(crate) use self::socket::Filter;
 
 /// Most characters of a sandbox's ID in the kernel's log, whose prefixes have at most 127.
 const LOGGED: usize = 64;
 /// Refusals of a sandbox that are logged: a second, and at once.
 const LOG_RATE: (u64, u32) = (10, 20);
+/// What is being done by whoever makes a change.
+const CHANGE: &str = "change the packet filter";
+/// The set that says which version's the fixed rules are.
+const REVISIONS: Set = Set {
+    family: Inet,
+    name: "revision",
+    key: &[Type::Mark],
+    mapped: Mapped::Nothing,
+    interval: false,
+};
 /// The set of protocols that have ports.
 const TRANSPORTS: &str = "transports";
 /// The mark of what is bridged after its destination was changed.
@@ -44,49 +57,55 @@ const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 
-/// Makes a change that counts on the fixed rules, and loads them before if they are missing. That takes the kernel longer than all the
-/// rest, and so does refusing a batch.
-pub(crate) async fn add(host: &Namespace, batch: Batch) -> Result<()> {
-    let there = host.run_long(socket::has_tables).await?;
-    let batch = if there { batch } else { with_rules(&batch) };
-    change(host, batch, fixed::load).await
-}
-
-/// Makes a change. When something that it counts on is missing, so that nothing was changed, what `first` says goes before it.
-async fn change(host: &Namespace, batch: Batch, first: impl FnOnce() -> Batch) -> Result<()> {
-    let batch = Arc::new(batch);
-    let again = Arc::clone(&batch);
-    match host.run_long(move || socket::change(&batch)).await {
-        Err(error) if error.os_error() == Some(libc::ENOENT) => {
-            let mut whole = first();
-            whole.append(&again);
-            host.run_long(move || socket::change(&whole)).await
-        }
-        done => done,
+/// Makes a change that counts on the fixed rules, in the calling thread's namespace, and loads them before if they are missing or another
+/// version's. That takes the kernel longer than all the rest, and so does refusing a batch.
+pub(crate) fn add(batch: &Batch) -> Result<()> {
+    let filter = Filter::open(CHANGE)?;
+    if is_loaded(&filter)? {
+        filter.change(batch)
+    } else {
+        filter.change(&with_rules(batch))
     }
 }
 
-/// Takes everything away, if it is there.
-pub(crate) async fn remove_all(host: &Namespace) -> Result<()> {
+/// Whether the fixed rules are there as this program has them. They stay longer than a program may.
+fn is_loaded(filter: &Filter) -> Result<bool> {
+    let asked = filter.ask(libc::NFT_MSG_GETSETELEM, false, libc::NFPROTO_INET, |ask| {
+        message::element(ask, &revision());
+    });
+    match asked {
+        Err(error) if error.os_error() == Some(libc::ENOENT) => Ok(false),
+        asked => asked.map(|_| true),
+    }
+}
+
+/// Takes everything away, if it is there, in the calling thread's namespace.
+pub(crate) fn remove_all() -> Result<()> {
     let mut batch = Batch::default();
     for family in [Inet, Bridge] {
         batch.add_table(family);
         batch.remove_table(family);
     }
-    host.run_long(move || socket::change(&batch)).await
+    Filter::open(CHANGE)?.change(&batch)
 }
 
-/// Loads everything, whatever is there.
-pub(crate) async fn restore(host: &Namespace, batch: Batch) -> Result<()> {
-    let whole = with_rules(&batch);
-    host.run_long(move || socket::change(&whole)).await
+/// Loads everything, whatever is there, in the calling thread's namespace.
+pub(crate) fn restore(batch: &Batch) -> Result<()> {
+    Filter::open(CHANGE)?.change(&with_rules(batch))
 }
 
 /// The fixed rules, and then `batch`.
 fn with_rules(batch: &Batch) -> Batch {
     let mut whole = fixed::load();
+    whole.flush_set(&REVISIONS);
+    whole.add_elements(&[revision()]);
     whole.append(batch);
     whole
+}
+
+/// The element that stands for the fixed rules as they are here.
+fn revision() -> Element {
+    Element::new(Inet, REVISIONS.name, &[&fixed::REVISION.to_ne_bytes()])
 }
 
 /// What of a network and its sandboxes is to be taken out together.
@@ -97,13 +116,14 @@ pub(crate) struct Removal<'a> {
     pub(crate) whole: bool,
 }
 
-/// Takes out a sandbox, a network, or both.
-pub(crate) async fn remove(host: &Namespace, removal: Removal<'_>) -> Result<()> {
+/// Takes out a sandbox, a network, or both, in the calling thread's namespace. The socket by which that was done is best closed when some
+/// time has passed.
+pub(crate) fn remove(removal: &Removal<'_>) -> Result<Filter> {
     let Removal {
         network,
         sandbox,
         whole,
-    } = removal;
+    } = *removal;
     let mut elements = Vec::new();
     if let Some(record) = sandbox {
         elements.extend(sandbox_elements(record, network));
@@ -129,7 +149,28 @@ pub(crate) async fn remove(host: &Namespace, removal: Removal<'_>) -> Result<()>
         first.add_elements(&elements);
         first
     };
-    change(host, batch, first).await
+    let filter = Filter::open(CHANGE)?;
+    match filter.change(&batch) {
+        // Something is missing, so that nothing was changed; if it is everything, there is nothing to take out.
+        Err(error) if error.os_error() == Some(libc::ENOENT) && has_table(&filter)? => {
+            let mut whole = first();
+            whole.append(&batch);
+            filter.change(&whole)?;
+        }
+        Err(error) if error.os_error() == Some(libc::ENOENT) => {}
+        done => done?,
+    }
+    Ok(filter)
+}
+
+fn has_table(filter: &Filter) -> Result<bool> {
+    let asked = filter.ask(libc::NFT_MSG_GETTABLE, false, libc::NFPROTO_INET, |ask| {
+        ask.text(NFTA_TABLE_NAME, TABLE);
+    });
+    match asked {
+        Err(error) if error.os_error() == Some(libc::ENOENT) => Ok(false),
+        asked => asked.map(|_| true),
+    }
 }
 
 /// Whether the kernel has a packet filter of this kind, for the calling thread's namespace.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::egress::Names;
-use crate::{Egress, Mac, Namespace, Network, Publication, Reservation};
+use crate::{Adopted, Egress, Mac, Network, Publication, Reservation};
 
 /// What a sandbox asks for when it is attached to a network.
 #[derive(Debug, Clone)]
@@ -17,8 +17,6 @@ pub struct Attachment {
     pub home: PathBuf,
     /// The network's name.
     pub network: String,
-    /// Where to mount its network namespace; without, the namespace lasts as long as it is held or lived in.
-    pub namespace: Option<PathBuf>,
     /// The address it wants; any when `None`.
     pub address: Option<Ipv4Addr>,
     /// The hardware address it wants; one made of its address when `None`.
@@ -53,8 +51,8 @@ impl Lease {
 /// A sandbox on a network.
 #[derive(Debug)]
 pub struct Attached {
-    /// Its namespace, with an interface `eth0`. To be held until something lives in it, unless it is mounted somewhere.
-    pub namespace: Namespace,
+    /// Its interface, a port of its network's bridge. The tap stays when it is closed, until the sandbox is detached.
+    pub adopted: Adopted,
     /// The host's ports that are published. To be held as long as the sandbox lives.
     pub reservation: Reservation,
     /// Its addresses.
@@ -92,7 +90,6 @@ pub(crate) struct Record {
     pub(crate) index: u32,
     pub(crate) network: String,
     pub(crate) home: PathBuf,
-    pub(crate) namespace: Option<PathBuf>,
     pub(crate) address: Ipv4Addr,
     pub(crate) address6: Option<Ipv6Addr>,
     pub(crate) mac: Mac,
@@ -102,7 +99,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    /// The host's end of its cable.
+    /// Its port of the bridge.
     pub(crate) fn port(&self) -> String {
         format!("clv{}", self.index)
     }
@@ -121,7 +118,6 @@ impl Record {
             index,
             network: network.to_owned(),
             home: PathBuf::new(),
-            namespace: None,
             address,
             address6: None,
             mac: Mac::of(address),

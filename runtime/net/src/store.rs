@@ -3,7 +3,7 @@
 //! before anything it speaks of is made, and goes when all that is gone: it is the lease of its addresses and ports too.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -58,17 +58,35 @@ impl Store {
 
     /// Waits until nobody else changes the state.
     pub(crate) async fn lock(&self) -> Result<Locked> {
+        // A thread that waits costs more than all the rest, and mostly there is nobody to wait for.
+        if let Some(locked) = self.lock_file(|file| match file.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(error),
+        })? {
+            return Ok(locked);
+        }
         let store = self.clone();
-        let locked = tokio::task::spawn_blocking(move || store.lock_now());
+        let locked = tokio::task::spawn_blocking(move || store.lock_blocking());
         locked
             .await
             .map_err(|e| Error::system("wait for a lock")(e.into()))?
     }
 
-    fn lock_now(self) -> Result<Locked> {
+    /// [`Store::lock`], for a thread that may wait.
+    pub(crate) fn lock_blocking(&self) -> Result<Locked> {
+        loop {
+            if let Some(locked) = self.lock_file(|file| file.lock().map(|()| true))? {
+                return Ok(locked);
+            }
+        }
+    }
+
+    /// The state, if `lock` gets the file's lock.
+    fn lock_file(&self, lock: impl FnOnce(&File) -> io::Result<bool>) -> Result<Option<Locked>> {
         // With the networks: several run directories may share them.
         let path = self.networks.with_extension("lock");
-        let locked: io::Result<File> = (|| {
+        let opened: io::Result<(File, bool)> = (|| {
             for file in [&self.networks, &self.sandboxes] {
                 if let Some(directory) = file.parent() {
                     fs::create_dir_all(directory)?;
@@ -79,17 +97,20 @@ impl Store {
                 .create(true)
                 .truncate(false)
                 .open(&path)?;
-            file.lock()?;
-            Ok(file)
+            let taken = lock(&file)?;
+            Ok((file, taken))
         })();
-        let lock = locked.map_err(Error::system(format!("lock {}", path.display())))?;
+        let (file, taken) = opened.map_err(Error::system(format!("lock {}", path.display())))?;
+        if !taken {
+            return Ok(None);
+        }
         let state = self.read()?;
-        Ok(Locked {
-            _lock: lock,
+        Ok(Some(Locked {
+            _lock: file,
             written: state.clone(),
             state,
-            store: self,
-        })
+            store: self.clone(),
+        }))
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) fn set_up_macvtap(fd: &impl AsFd) -> nix::Result<()> {
     set_iff(fd, "", TAP)
 }
 
-/// Has a tap stay when its descriptor is closed, as long as its namespace.
+/// Has a tap stay when its descriptor is closed, until it is removed or its namespace ends.
 pub(crate) fn keep_tap(fd: &impl AsFd) -> nix::Result<()> {
     // SAFETY: TUNSETPERSIST takes a number.
     let kept = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNSETPERSIST, 1) };

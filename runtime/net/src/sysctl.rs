@@ -5,23 +5,22 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Namespace, Result};
+use crate::{Error, Result};
 
 const IPV4: &str = "/proc/sys/net/ipv4";
 const IPV6: &str = "/proc/sys/net/ipv6/conf";
 
-/// Has `host` forward what comes by way of `bridge`.
-pub(crate) fn set_up_host(host: &Namespace, bridge: &str, ipv6: bool) -> Result<()> {
-    host.run(|| {
-        set(format!("{IPV4}/ip_forward"), "1")?;
-        set(format!("{IPV4}/conf/{bridge}/route_localnet"), "1")?;
-        // Nobody on the bridge is a router.
-        set_if_there(format!("{IPV6}/{bridge}/accept_ra"), "0")?;
-        if ipv6 { forward_ipv6() } else { Ok(()) }
-    })?
+/// Has the calling thread's namespace forward what comes by way of `bridge`.
+pub(crate) fn set_up_host(bridge: &str, ipv6: bool) -> Result<()> {
+    set(format!("{IPV4}/ip_forward"), "1")?;
+    set(format!("{IPV4}/conf/{bridge}/route_localnet"), "1")?;
+    // Nobody on the bridge is a router.
+    set_if_there(format!("{IPV6}/{bridge}/accept_ra"), "0")?;
+    if ipv6 { forward_ipv6() } else { Ok(()) }
 }
 
-/// Keeps the calling thread's namespace from saying anything of its own by IPv6 at `interface`, which only carries others' frames.
+/// Keeps the calling thread's namespace from speaking IPv6 at `interface`: a port, which only carries others' frames, or a bridge without
+/// addresses of that kind.
 pub(crate) fn silence(interface: &str) -> Result<()> {
     set_if_there(format!("{IPV6}/{interface}/disable_ipv6"), "1")
 }

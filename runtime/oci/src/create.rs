@@ -43,6 +43,7 @@ fn own_vm(home: &Home, args: &Create, plan: &Plan, engine: Engine) -> Result<VmS
         max_vcpus: room.vcpus,
         // The monitor knows which there are.
         spare_nics: 0,
+        awaits_nic: false,
         kernel: parts.kernel()?,
         initramfs: parts.initramfs()?,
         cmdline: String::new(),

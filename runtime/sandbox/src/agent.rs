@@ -447,20 +447,6 @@ impl Agent {
             .map_err(|e| AgentError::new("change the number of CPUs", e))
     }
 
-    /// Has the guest's kernel find the device that has been put into a slot.
-    ///
-    /// # Errors
-    /// [`AgentError`].
-    pub async fn take_device(&self, slot: u32) -> Result<(), AgentError> {
-        let answer = self
-            .client
-            .take_device(within(CALL_TIMEOUT), &in_slot(slot))
-            .await;
-        answer
-            .map(drop)
-            .map_err(|e| AgentError::new("take up a device", e))
-    }
-
     /// Has the guest's kernel let go of the device in a slot.
     ///
     /// # Errors

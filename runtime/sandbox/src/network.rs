@@ -17,8 +17,10 @@ use crate::{Agent, Error};
 ///
 /// The order is: [`Network::early`], or not; the VM's launch; [`Network::plug`] while the guest boots, or not; [`Network::settle`] when the
 /// agent answers; and then, as long as the VM runs, [`Network::follow`].
+#[derive(Default)]
 pub struct Network {
-    adopter: Adopter,
+    /// `None` when they are all there are.
+    adopter: Option<Adopter>,
     /// By their indices on the host.
     interfaces: BTreeMap<u32, Interface>,
     /// Those that were given to the VM at its launch, in that order, until it has said where they are.
@@ -41,23 +43,29 @@ impl Network {
     /// # Errors
     /// When the namespace cannot be entered.
     pub fn new(namespace: &Namespace) -> Result<Self, Error> {
-        Ok(Self::with(Adopter::new(namespace)?))
+        let adopter = Some(Adopter::new(namespace)?);
+        Ok(Self {
+            adopter,
+            ..Self::default()
+        })
     }
 
-    /// As [`Network::new`], of a namespace that was made for the sandbox and goes with it.
+    /// One interface, which does not change, for a VM that has been launched.
     ///
     /// # Errors
-    /// As for [`Network::new`].
-    pub fn owning(namespace: &Namespace) -> Result<Self, Error> {
-        Ok(Self::with(Adopter::owning(namespace)?))
+    /// When the VM does not take it.
+    pub fn of(vm: &ControlClient, adopted: Adopted) -> Result<Self, Error> {
+        let place = plug(vm, &adopted)?;
+        Ok(Self {
+            plugged: vec![(adopted.interface, place)],
+            ..Self::default()
+        })
     }
 
-    fn with(adopter: Adopter) -> Self {
-        Self {
-            adopter,
-            interfaces: BTreeMap::new(),
-            early: Vec::new(),
-            plugged: Vec::new(),
+    async fn changes(&mut self) -> Result<Vec<Change>, Error> {
+        match &mut self.adopter {
+            Some(adopter) => Ok(adopter.changes().await?),
+            None => Ok(Vec::new()),
         }
     }
 
@@ -67,7 +75,7 @@ impl Network {
     /// When there is one that a guest cannot have.
     pub async fn early(&mut self) -> Result<Vec<Nic>, Error> {
         let mut nics = Vec::new();
-        for change in self.adopter.changes().await? {
+        for change in self.changes().await? {
             match change {
                 Change::Arrived(Adopted { interface, tap }) => {
                     let mac = interface.mac.bytes();
@@ -88,7 +96,7 @@ impl Network {
     /// # Errors
     /// When there is one that the guest cannot have.
     pub async fn plug(&mut self, vm: &ControlClient) -> Result<(), Error> {
-        for change in self.adopter.changes().await? {
+        for change in self.changes().await? {
             self.plug_changed(vm, change)?;
         }
         Ok(())
@@ -100,7 +108,7 @@ impl Network {
     /// As for [`Network::plug`], and when the namespace cannot be watched.
     pub async fn plug_next(&mut self, vm: &ControlClient) -> Result<(), Error> {
         while self.plugged.is_empty() {
-            let change = self.adopter.next().await?;
+            let change = self.changed().await?;
             self.plug_changed(vm, change)?;
         }
         Ok(())
@@ -146,7 +154,7 @@ impl Network {
         for (interface, place) in std::mem::take(&mut self.plugged) {
             self.add(agent, &interface, place).await?;
         }
-        for change in self.adopter.changes().await? {
+        for change in self.changes().await? {
             self.apply(agent, vm, change).await?;
         }
         Ok(())
@@ -166,13 +174,16 @@ impl Network {
         }
     }
 
-    /// Waits for the next change of the namespace's interfaces, which is for [`Network::apply`]. Nothing is lost when the future is
-    /// dropped.
+    /// Waits for the next change of the namespace's interfaces, which is for [`Network::apply`]; without a namespace, for ever. Nothing is
+    /// lost when the future is dropped.
     ///
     /// # Errors
     /// When the namespace cannot be watched any more.
     pub async fn changed(&mut self) -> Result<Change, Error> {
-        Ok(self.adopter.next().await?)
+        match &mut self.adopter {
+            Some(adopter) => Ok(adopter.next().await?),
+            None => std::future::pending().await,
+        }
     }
 
     /// Brings a change to the guest.
@@ -223,15 +234,12 @@ impl Network {
             device,
         };
         self.interfaces.insert(interface.index, known);
-        let configured = async {
-            if place.present.is_none() {
-                agent.take_device(place.slot).await?;
-            }
-            let message = message(interface, device);
-            agent.configure_interface(&message).await
+        let message = api::Interface {
+            slot: place.present.is_none().then_some(place.slot),
+            ..message(interface, device)
         };
+        let configured = agent.configure_interface(&message).await;
         configured
-            .await
             .map_err(Error::from)
             .map_err(in_interface(&interface.name))
     }
@@ -317,6 +325,7 @@ fn message(interface: &GuestInterface, device: MacAddress) -> api::Interface {
         name: interface.name.clone(),
         mac: interface.mac.bytes().to_vec(),
         mtu: interface.mtu,
+        ipv4_only: interface.ipv4_only,
         addresses: addresses.collect(),
         routes: routes.collect(),
         neighbours: neighbours.collect(),

@@ -37,6 +37,7 @@ fn main() -> anyhow::Result<ExitCode> {
         vcpus: 1,
         max_vcpus: u8::try_from(number(1, 1)?)?,
         spare_nics: 0,
+        awaits_nic: false,
         kernel: kernel.into(),
         initramfs: initramfs.into(),
         cmdline: rest.get(2..).unwrap_or_default().join(" "),

@@ -33,9 +33,14 @@ pub(crate) fn connected(nic: Nic) -> Result<Net, NetError> {
     Net::new(nic.tap, config(nic.mac))
 }
 
-/// Makes the `number`-th device that waits for a tap. Its address is only for the guest to tell it by.
+/// The address of the `number`-th device that waits for a tap, only for the guest to tell it by.
+pub(crate) const fn spare_mac(number: u8) -> MacAddress {
+    [0x02, 0xc1, 0xff, 0xff, 0xff, number]
+}
+
+/// Makes the `number`-th device that waits for a tap.
 pub(crate) fn spare(number: u8) -> Result<Net, NetError> {
-    Net::unconnected(config([0x02, 0xc1, 0xff, 0xff, 0xff, number]))
+    Net::unconnected(config(spare_mac(number)))
 }
 
 fn config(mac: MacAddress) -> NetConfig {

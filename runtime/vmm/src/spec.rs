@@ -41,6 +41,9 @@ pub struct VmSpec {
     /// Network devices that wait for a tap from the guest's start, on an engine that cannot add devices later; 0 to
     /// [`VmSpec::MAX_NICS`], less those that have a tap already. Each costs a little of the guest's boot.
     pub spare_nics: u8,
+    /// Whether an interface is sure to come while the guest starts: on an engine that can add devices, a template's guest has a device that
+    /// waits for it. Until then the guest shows it, down.
+    pub awaits_nic: bool,
     /// Uncompressed ELF kernel.
     pub kernel: PathBuf,
     /// Initial ramfs with the agent.
@@ -177,6 +180,7 @@ pub(crate) mod tests {
             vcpus: 1,
             max_vcpus: 1,
             spare_nics: 0,
+            awaits_nic: false,
             kernel: "vmlinux".into(),
             initramfs: "initramfs".into(),
             cmdline: String::new(),

@@ -218,8 +218,17 @@ impl World {
         succeed(&self.cloison(&words.collect::<Vec<_>>()));
     }
 
-    /// Fails when cloison has left anything on this host's network.
+    /// Fails when cloison has left anything on this host's network but what belongs to a network, or anything at all after `prune`.
     pub fn assert_clean(&self) {
+        let links = text(&self.netns.run("ip -o link").stdout);
+        let ports: Vec<&str> = links
+            .lines()
+            .filter(|line| line.contains(": clv"))
+            .collect();
+        assert!(ports.is_empty(), "interfaces are left: {ports:?}");
+        let filter = text(&self.netns.run("nft list ruleset").stdout);
+        assert!(!filter.contains("clv"), "rules are left: {filter}");
+        succeed(&self.cloison(&["prune", "-f"]));
         let links = text(&self.netns.run("ip -o link").stdout);
         let left = |line: &&str| line.contains(": clv") || line.contains(": cloison");
         let left: Vec<&str> = links.lines().filter(left).collect();

@@ -58,7 +58,7 @@ pub enum Source {
 #[derive(Default)]
 pub struct Held {
     _pasta: Option<Pasta>,
-    _attached: Option<(Namespace, Reservation)>,
+    _reservation: Option<Reservation>,
     /// The container's egress policy has names in it: where, and under which ID.
     names: Option<(Networks, String)>,
 }
@@ -118,7 +118,6 @@ impl Source {
                     id: id.to_string(),
                     home: sandbox.to_owned(),
                     network: name.clone(),
-                    namespace: None,
                     address: options.ip,
                     mac: options.mac_address,
                     publish: options.publish.clone(),
@@ -149,6 +148,14 @@ impl Source {
             Self::None => 0,
             Self::Namespace(_) => LATER,
             Self::User(_) | Self::Leased(..) => 1,
+        }
+    }
+
+    /// Whether an interface comes while the guest starts, whatever happens.
+    pub fn is_sure(&self) -> bool {
+        match self {
+            Self::None | Self::Namespace(_) => false,
+            Self::User(_) | Self::Leased(..) => true,
         }
     }
 
@@ -184,10 +191,9 @@ impl Source {
                 let has_names = !lease.names.is_empty();
                 let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
-                let mut network = Network::owning(&attached.namespace)?;
-                network.plug(vm).await?;
+                let network = Network::of(vm, attached.adopted)?;
                 let held = Held {
-                    _attached: Some((attached.namespace, attached.reservation)),
+                    _reservation: Some(attached.reservation),
                     names: has_names.then_some((networks, id)),
                     ..Held::default()
                 };
@@ -202,10 +208,8 @@ impl Source {
 /// # Errors
 /// When something of it cannot be removed; it can be tried again.
 pub fn detach(home: &Home, id: &Id) -> Result<()> {
-    on_a_runtime(|| async {
-        let detached = networks(home)?.detach(id.as_str()).await;
-        detached.with_context(|| format!("cannot take container {} off its network", id.short()))
-    })
+    let detached = networks(home)?.detach_blocking(id.as_str());
+    detached.with_context(|| format!("cannot take container {} off its network", id.short()))
 }
 
 /// Leaves the namespace that somebody prepared for a container, if somebody did, as it was. To be called when the container's VM is gone and
@@ -229,16 +233,17 @@ pub fn release(sandbox: &Path, record: &NetworkRecord) -> Result<()> {
     })
 }
 
-/// Takes every container off its network that is gone.
+/// Takes every container off its network that is gone, and the bridges away of networks that no container is on.
 ///
 /// # Errors
 /// As for [`detach`].
 pub fn prune(home: &Home) -> Result<()> {
     on_a_runtime(|| async {
-        let pruned = networks(home)?.prune().await;
-        pruned
-            .map(drop)
-            .context("cannot take containers that are gone off their networks")
+        let networks = networks(home)?;
+        let pruned = networks.prune().await;
+        pruned.context("cannot take containers that are gone off their networks")?;
+        let cleared = networks.clear().await;
+        cleared.context("cannot remove the bridges of networks that nobody is on")
     })
 }
 

@@ -127,6 +127,7 @@ fn prepare(global: &Global, home: &Home, args: &Run) -> Result<Prepared> {
         vcpus: size.vcpus,
         max_vcpus: size.vcpus,
         spare_nics: 0,
+        awaits_nic: false,
         kernel: parts.kernel()?,
         initramfs: parts.initramfs()?,
         cmdline: String::new(),
@@ -196,6 +197,7 @@ fn make(home: &Home, args: &Run, mut prepared: Prepared, streams: Streams) -> Re
             .context("cannot connect the container to its network")?;
         prepared.record.network = source.record(&args.network);
         prepared.vm.spare_nics = source.later();
+        prepared.vm.awaits_nic = source.is_sure();
         let spec = furnish(&container, args, &prepared, &source)?;
         container.save(&prepared.record)?;
         Ok((source, spec))

@@ -185,18 +185,6 @@ async fn the_host_answers_nothing_in_the_guests_place_until_it_is_released() {
 }
 
 #[tokio::test]
-async fn a_tap_in_a_namespace_of_the_sandboxs_own_goes_with_the_namespace() {
-    let (sandbox, peer) = prepared();
-    let mut adopter = Adopter::owning(&sandbox).unwrap();
-    let mut guest = Guest::new();
-    guest.plug(arrived(&mut adopter).await.remove(0));
-    assert!(pings(&peer, "10.9.0.2"));
-    drop(guest);
-    let links = testing::command(&sandbox, "ip link").unwrap();
-    assert!(links.contains(TAP), "{links}");
-}
-
-#[tokio::test]
 async fn what_a_killed_adopter_left_does_not_keep_the_next_one_from_adopting() {
     let (sandbox, peer) = prepared();
     let mut adopter = Adopter::new(&sandbox).unwrap();

@@ -1,5 +1,5 @@
 //! Each test has a host of its own: a namespace with a neighbour outside, rules of an administrator's, and cloison's networks. A
-//! sandbox is its namespace, without a guest in it.
+//! sandbox is a namespace in a guest's place.
 
 mod clean_up;
 mod policy;
@@ -10,14 +10,42 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
-use crate::testing::{command, ip, namespace, veth};
-use crate::{Attached, Attachment, Namespace, NetworkSpec, Networks};
+use crate::egress::Names;
+use crate::testing::{Guest, command, ip, namespace, veth};
+use crate::{
+    Addresses, Attached, Attachment, Namespace, Network, NetworkSpec, Networks, Reservation, Result,
+};
 
 struct World {
     host: Namespace,
     outside: Namespace,
     networks: Networks,
     dir: TempDir,
+}
+
+/// A guest that is on a network.
+struct Sandbox {
+    namespace: Namespace,
+    network: Network,
+    addresses: Addresses,
+    names: Names,
+    _guest: Guest,
+    _reservation: Reservation,
+}
+
+impl Sandbox {
+    fn new(attached: Attached) -> Self {
+        let mut guest = Guest::new();
+        guest.plug(attached.adopted);
+        Self {
+            namespace: guest.namespace.clone(),
+            network: attached.network,
+            addresses: attached.addresses,
+            names: attached.names,
+            _guest: guest,
+            _reservation: attached.reservation,
+        }
+    }
 }
 
 impl World {
@@ -67,7 +95,6 @@ impl World {
             id: id.to_owned(),
             home: self.home(id),
             network: Networks::DEFAULT.to_owned(),
-            namespace: None,
             address: None,
             mac: None,
             publish: Vec::new(),
@@ -75,33 +102,35 @@ impl World {
         }
     }
 
-    async fn attach(&self, id: &str) -> Attached {
-        self.networks.attach(&self.wanted(id)).await.unwrap()
+    async fn attach(&self, id: &str) -> Sandbox {
+        self.attach_as(&self.wanted(id)).await.unwrap()
     }
 
-    async fn publish(&self, id: &str, publish: &[&str]) -> Attached {
+    async fn attach_as(&self, wanted: &Attachment) -> Result<Sandbox> {
+        self.networks.attach(wanted).await.map(Sandbox::new)
+    }
+
+    async fn publish(&self, id: &str, publish: &[&str]) -> Sandbox {
         let publish = publish.iter().map(|text| text.parse().unwrap()).collect();
         let wanted = Attachment {
             publish,
             ..self.wanted(id)
         };
-        self.networks.attach(&wanted).await.unwrap()
+        self.attach_as(&wanted).await.unwrap()
     }
 
-    async fn restrict(&self, id: &str, policy: &str) -> Attached {
+    async fn restrict(&self, id: &str, policy: &str) -> Sandbox {
         let wanted = Attachment {
             egress: Some(policy.parse().unwrap()),
             ..self.wanted(id)
         };
-        self.networks.attach(&wanted).await.unwrap()
+        self.attach_as(&wanted).await.unwrap()
     }
 
     /// Everything that could be left behind on the host.
     fn traces(&self) -> String {
         let show = |line| command(&self.host, line).unwrap();
         let leases = fs::read_to_string(self.dir.path().join("run/leases.json"));
-        let namespaces = fs::read_dir(self.dir.path().join("netns"));
-        let namespaces = namespaces.into_iter().flatten().flatten();
         [
             // Whether a cable is plugged in at its other end changes a moment later.
             show("ip -o link")
@@ -109,12 +138,9 @@ impl World {
                 .map(|line| format!("{}\n", line.split(" <").next().unwrap_or_default()))
                 .collect(),
             show("ip -o addr"),
-            show("ip route show table all"),
+            show("ip route show table all").replace(" linkdown", ""),
             show("nft list ruleset"),
             leases.unwrap_or_else(|_| "{}".to_owned()),
-            namespaces
-                .map(|entry| entry.path().display().to_string())
-                .collect(),
         ]
         .join("\n")
     }
@@ -128,12 +154,12 @@ fn network(name: &str, subnet: &str) -> NetworkSpec {
     }
 }
 
-fn ipv4(attached: &Attached) -> String {
-    attached.addresses.ipv4.to_string()
+fn ipv4(sandbox: &Sandbox) -> String {
+    sandbox.addresses.ipv4.to_string()
 }
 
-fn ipv6(attached: &Attached) -> String {
-    attached.addresses.ipv6.unwrap().to_string()
+fn ipv6(sandbox: &Sandbox) -> String {
+    sandbox.addresses.ipv6.unwrap().to_string()
 }
 
 /// Compares two accounts of traces, and tells which lines differ.

@@ -8,7 +8,10 @@ use super::rule::{
     Field, ICMP_TYPE, IIFNAME, IP_DADDR, IP_SADDR, IP6_DADDR, IP6_SADDR, L4PROTO, MARK, OIFNAME,
     Rule, ethertype,
 };
-use super::{BRIDGED, LOOPBACK, TRANSPORTS};
+use super::{BRIDGED, LOOPBACK, REVISIONS, TRANSPORTS};
+
+/// Changes with what is here: a digest of it, which a test computes.
+pub(super) const REVISION: u32 = 0x13a8_8e32;
 
 const ND_ROUTER_SOLICIT: u8 = 133;
 const ND_NEIGHBOR_SOLICIT: u8 = 135;
@@ -16,7 +19,8 @@ const ND_NEIGHBOR_ADVERT: u8 = 136;
 const ND_REDIRECT: u8 = 137;
 const ICMP_REDIRECT: u8 = 5;
 
-const SETS: [Set; 15] = [
+const SETS: [Set; 16] = [
+    REVISIONS,
     set("bridges", &[Ifname]),
     set("pairs", &[Ifname, Ifname]),
     subnets("subnets4", &[Ipv4]),

@@ -169,6 +169,7 @@ pub(super) enum Type {
     Ether = 9,
     Protocol = 12,
     Service = 13,
+    Mark = 19,
     Icmpv6 = 29,
     Ifname = 41,
 }
@@ -178,7 +179,7 @@ impl Type {
         match self {
             Self::Protocol | Self::Icmpv6 => 1,
             Self::Service => 2,
-            Self::Ipv4 => 4,
+            Self::Ipv4 | Self::Mark => 4,
             Self::Ether => 6,
             Self::Ipv6 | Self::Ifname => 16,
         }
@@ -444,6 +445,16 @@ impl Batch {
         self.elements(elements, "remove from", libc::NFT_MSG_DELSETELEM, 0);
     }
 
+    /// Removes all elements of a set.
+    pub(super) fn flush_set(&mut self, set: &Set) {
+        let doing = format!("empty the set {}", set.name);
+        self.push(doing, libc::NFT_MSG_DELSETELEM, 0, set.family, |message| {
+            message
+                .text(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+                .text(NFTA_SET_ELEM_LIST_SET, set.name);
+        });
+    }
+
     fn elements(&mut self, elements: &[Element], verb: &str, kind: libc::c_int, flags: u16) {
         let mut elements: Vec<&Element> = elements.iter().collect();
         elements.sort_by_key(|element| (element.family, element.set));
@@ -515,6 +526,14 @@ impl Batch {
         }
         (whole, last)
     }
+}
+
+/// Names an element of a set.
+pub(super) fn element(attributes: &mut Attributes, element: &Element) {
+    attributes
+        .text(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+        .text(NFTA_SET_ELEM_LIST_SET, element.set)
+        .nest(NFTA_SET_ELEM_LIST_ELEMENTS, |list| element.put(list));
 }
 
 /// Names a counter.

@@ -42,6 +42,8 @@ pub(super) const SLOT_COUNT: usize = 16;
 /// network devices come right behind them.
 pub(super) const VSOCK_SLOT: usize = 0;
 pub(super) const FS_SLOT: usize = 1;
+/// The slot of the network device that a template's guest knows, if it has one.
+pub(super) const NIC_SLOT: usize = FS_SLOT + 1;
 /// How many network devices a guest of a template looks for.
 pub(super) const TEMPLATE_NICS: usize = 3;
 /// The first slot of the devices that every VM has from its first instruction on.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use cloison_devices::{
-    Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, Pmem, Rng, Sink,
+    Balloon, Blk, Console, Device, MEMORY_BLOCK, Mem, MemHandle, NetHandle, Pmem, Rng, Sink,
 };
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -18,7 +18,7 @@ use super::backing::Backing;
 use super::bus::Bus;
 use super::error::{KvmError, kvm, system};
 use super::gate::Gate;
-use super::layout::{FS_SLOT, KVM_IDENTITY_MAP, KVM_TSS, OWN_SLOTS, ROOT, VSOCK_SLOT};
+use super::layout::{FS_SLOT, KVM_IDENTITY_MAP, KVM_TSS, NIC_SLOT, OWN_SLOTS, ROOT, VSOCK_SLOT};
 use super::ports::Ports;
 use super::run::{self, Machine as Shared};
 use super::start::{Content, Start};
@@ -51,8 +51,10 @@ pub(crate) struct KvmMachine {
     hot_memory: Option<MemHandle>,
     /// The slots with devices that the VM has from its first instruction on.
     own_slots: Range<usize>,
-    /// The slots of network devices.
+    /// The slots of network devices that have an interface.
     nics: Vec<u32>,
+    /// The network device in [`NIC_SLOT`] that the guest has known since it was saved, if there is one.
+    waiting: Option<NetHandle>,
     /// The vCPU that boots, until it has its thread.
     first: Option<VcpuFd>,
     /// A thread for each vCPU there is, by their IDs.
@@ -145,9 +147,23 @@ impl KvmMachine {
             hot_memory,
             own_slots,
             nics: Vec::new(),
+            waiting: None,
             first: Some(first),
             vcpus: Vec::new(),
         })
+    }
+
+    /// Gives the guest a network device that waits for its interface. To be called before the guest is served, for one that becomes a template
+    /// and for those that come from that.
+    pub(super) fn await_nic(&mut self) -> Result<(), KvmError> {
+        let net = nic::spare(0).map_err(io::Error::other);
+        let net = net.map_err(system("make a network device"))?;
+        let handle = net.handle();
+        // That a cable comes later is nothing the guest has to be told: until then its interface is down.
+        handle.set_link(true);
+        self.bus.plug_into(NIC_SLOT, "net", Box::new(net))?;
+        self.waiting = Some(handle);
+        Ok(())
     }
 
     /// Lets the guest run, with these devices. All threads are started here, when the process has locked itself in.
@@ -205,6 +221,15 @@ impl KvmMachine {
             self.add(vcpu)?;
         }
         Ok(())
+    }
+
+    /// Where the guest finds the network device in `slot`.
+    fn place(&self, slot: u32) -> Plugged {
+        let known = self.waiting.is_some() && slot == NIC_SLOT as u32;
+        Plugged {
+            slot,
+            present: known.then(|| nic::spare_mac(0)),
+        }
     }
 
     fn add(&mut self, vcpu: VcpuFd) -> Result<(), KvmError> {
@@ -300,7 +325,7 @@ impl Machine for KvmMachine {
     }
 
     fn nics(&self) -> Vec<Plugged> {
-        self.nics.iter().map(|slot| in_slot(*slot)).collect()
+        self.nics.iter().map(|slot| self.place(*slot)).collect()
     }
 
     fn plug(&mut self, kind: DeviceKind, file: Option<OwnedFd>) -> Result<Plugged, String> {
@@ -317,6 +342,13 @@ impl Machine for KvmMachine {
             }
             DeviceKind::Net { mac } => {
                 let tap = from(file)?;
+                if let Some(waiting) = &self.waiting
+                    && !self.nics.contains(&(NIC_SLOT as u32))
+                {
+                    waiting.connect(tap, mac).map_err(|error| chain(&error))?;
+                    self.nics.push(NIC_SLOT as u32);
+                    return Ok(self.place(NIC_SLOT as u32));
+                }
                 let net = nic::connected(Nic { tap, mac }).map_err(|error| chain(&error))?;
                 self.bus.plug("net", Box::new(net))
             }
@@ -332,6 +364,13 @@ impl Machine for KvmMachine {
         let index = slot as usize;
         if [VSOCK_SLOT, FS_SLOT].contains(&index) || self.own_slots.contains(&index) {
             return Err(format!("the device in slot {slot} belongs to the VM"));
+        }
+        if index == NIC_SLOT
+            && let Some(waiting) = &self.waiting
+        {
+            waiting.disconnect();
+            self.nics.retain(|nic| *nic != slot);
+            return Ok(());
         }
         let unplugged = self.bus.unplug(index);
         unplugged.map_err(|error| chain(&error))?;

@@ -84,14 +84,17 @@ impl Source for Guests<'_> {
             kernel,
             initramfs,
             cmdline,
+            awaits_nic,
             ..
         } = self.spec;
-        let fits = self.nics <= TEMPLATE_NICS && *memory_mib <= MAX_MEMORY_MIB;
+        let nics = self.nics + usize::from(*awaits_nic);
+        let fits = nics <= TEMPLATE_NICS && *memory_mib <= MAX_MEMORY_MIB;
         fits.then(|| Kind {
             files: vec![kernel, initramfs],
             words: vec![
                 format!("kvm, {memory_mib} to {max_memory_mib} MiB, {max_vcpus} vCPUs").into(),
                 cmdline.into(),
+                if *awaits_nic { "a network" } else { "" }.into(),
             ],
         })
     }
@@ -117,6 +120,9 @@ impl Source for Guests<'_> {
         if !machine.can_be_saved() {
             return Err(TemplateError::Root.into());
         }
+        if spec.awaits_nic {
+            machine.await_nic()?;
+        }
         machine.serve(unused(&template.dir)?)?;
         await_ready(&stop)?;
         Ok(machine.save(to, spec.memory_mib)?)
@@ -124,7 +130,11 @@ impl Source for Guests<'_> {
 
     fn load(&self, from: File) -> Result<KvmMachine, Failed> {
         let image = Image::read(from, self.spec.memory_mib).map_err(TemplateError::Read)?;
-        Ok(self.machine(Start::Load(Box::new(image)))?)
+        let mut machine = self.machine(Start::Load(Box::new(image)))?;
+        if self.spec.awaits_nic {
+            machine.await_nic()?;
+        }
+        Ok(machine)
     }
 
     fn boot(&self) -> Result<KvmMachine, KvmError> {

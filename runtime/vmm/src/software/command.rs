@@ -340,6 +340,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 2,
             spare_nics: 0,
+            awaits_nic: false,
             kernel: "/a dir/vm,linux".into(),
             initramfs: "-initramfs".into(),
             cmdline: "agent.debug quiet".into(),

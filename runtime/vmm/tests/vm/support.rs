@@ -74,6 +74,7 @@ impl Bench {
             vcpus: 1,
             max_vcpus: 1,
             spare_nics: 0,
+            awaits_nic: false,
             kernel,
             initramfs,
             cmdline: String::new(),

@@ -16,7 +16,6 @@ fn fuse(mut steps: usize) -> impl FnMut() -> Result<()> + Send {
 /// A sandbox that has something of everything.
 fn wanted(world: &World, id: &str) -> Attachment {
     Attachment {
-        namespace: Some(world.dir.path().join("netns").join(id)),
         publish: vec![
             "8080-8082:80-82".parse().unwrap(),
             "127.0.0.1:53:53/udp".parse().unwrap(),
@@ -34,23 +33,43 @@ async fn a_sandbox_leaves_nothing_behind() {
     assert_ne!(world.traces(), before);
     drop(attached);
     world.networks.detach("a").await.unwrap();
+    world.networks.clear().await.unwrap();
     assert_same(&world.traces(), &before, "at the end");
     world.networks.detach("a").await.unwrap();
     world.networks.detach("nobody").await.unwrap();
+    world.networks.clear().await.unwrap();
+    assert_same(&world.traces(), &before, "at the end");
 }
 
 #[tokio::test]
-async fn the_last_of_two_takes_the_bridge_along_and_the_first_does_not() {
+async fn a_bridge_stays_with_its_network_until_it_is_cleared_away_or_the_network_removed() {
     let world = World::new();
     let before = world.traces();
+    drop(world.attach("c").await);
+    world.networks.detach("c").await.unwrap();
+    let bare = world.traces();
+    assert!(bare.contains("cloison0"), "{bare}");
     let a = world.networks.attach(&wanted(&world, "a")).await.unwrap();
     let with_a = world.traces();
     let b = world.attach("b").await;
     drop(b);
     world.networks.detach("b").await.unwrap();
-    assert_same(&world.traces(), &with_a, "at the end");
+    world.networks.clear().await.unwrap();
+    assert_same(&world.traces(), &with_a, "while one is there");
     drop(a);
     world.networks.detach("a").await.unwrap();
+    assert_same(&world.traces(), &bare, "when none is there");
+    let other = network("other", "10.3.0.0/24");
+    world.networks.create(&other).await.unwrap();
+    let on_other = Attachment {
+        network: "other".to_owned(),
+        ..world.wanted("d")
+    };
+    drop(world.networks.attach(&on_other).await.unwrap());
+    world.networks.detach("d").await.unwrap();
+    world.networks.remove_network("other").await.unwrap();
+    assert_same(&world.traces(), &bare, "without the other network");
+    world.networks.clear().await.unwrap();
     assert_same(&world.traces(), &before, "at the end");
 }
 
@@ -68,13 +87,14 @@ async fn whichever_step_of_attaching_was_the_last_nothing_is_left() {
         drop(attached);
         assert_ne!(world.traces(), before, "after {steps} steps");
         world.networks.detach("a").await.unwrap();
+        world.networks.clear().await.unwrap();
         assert_same(&world.traces(), &before, &format!("after {steps} steps"));
         if complete {
             break;
         }
         steps += 1;
     }
-    assert_eq!(steps, 5);
+    assert_eq!(steps, 4);
 }
 
 #[tokio::test]
@@ -84,7 +104,7 @@ async fn whichever_step_of_detaching_was_the_last_the_next_attempt_ends_it() {
     let mut steps = 0;
     loop {
         drop(world.networks.attach(&wanted(&world, "a")).await.unwrap());
-        let detached = world.networks.detach_until("a", &mut fuse(steps)).await;
+        let detached = world.networks.detach_until("a", &mut fuse(steps));
         let complete = detached.is_ok();
         // Another one that comes meanwhile is not in its way, nor it in the other's.
         let other = world.attach("other").await;
@@ -92,6 +112,7 @@ async fn whichever_step_of_detaching_was_the_last_the_next_attempt_ends_it() {
         world.networks.detach("a").await.unwrap();
         drop(other);
         world.networks.detach("other").await.unwrap();
+        world.networks.clear().await.unwrap();
         assert_same(&world.traces(), &before, &format!("after {steps} steps"));
         if complete {
             break;
@@ -104,13 +125,22 @@ async fn whichever_step_of_detaching_was_the_last_the_next_attempt_ends_it() {
 #[tokio::test]
 async fn an_attachment_that_fails_half_way_leaves_nothing() {
     let world = World::new();
+    world
+        .networks
+        .create(&network("gone", "10.3.0.0/24"))
+        .await
+        .unwrap();
     let before = world.traces();
     let wanted = Attachment {
-        // A file where the namespace should be mounted.
-        namespace: Some(world.dir.path().join("sandboxes")),
+        network: "gone".to_owned(),
         ..world.wanted("a")
     };
-    world.networks.attach(&wanted).await.unwrap_err();
+    let lease = world.networks.lease(&wanted).await.unwrap();
+    // Somebody else's interface has the name that the bridge should have, and cannot be one.
+    let bridge = lease.network.bridge();
+    command(&world.host, &format!("ip link add {bridge} type veth")).unwrap();
+    world.networks.connect(lease).await.unwrap_err();
+    world.networks.clear().await.unwrap();
     assert_same(&world.traces(), &before, "at the end");
 }
 
@@ -127,6 +157,7 @@ async fn sandboxes_whose_directory_is_gone_are_pruned_and_no_others() {
     assert_eq!(inspection.sandboxes.keys().collect::<Vec<_>>(), ["b"]);
     fs::remove_dir_all(world.home("b")).unwrap();
     assert_eq!(world.networks.prune().await.unwrap(), ["b"]);
+    world.networks.clear().await.unwrap();
     assert_same(&world.traces(), &before, "at the end");
 }
 
@@ -146,7 +177,7 @@ async fn the_addresses_of_sandboxes_that_are_gone_are_given_out_again() {
     let error = world.networks.attach(&on_tiny("b")).await.unwrap_err();
     assert!(matches!(error, Error::Exhausted(_)), "{error}");
     fs::remove_dir_all(world.home("a")).unwrap();
-    let b = world.networks.attach(&on_tiny("b")).await.unwrap();
+    let b = world.attach_as(&on_tiny("b")).await.unwrap();
     assert_eq!(ipv4(&b), "10.3.0.2");
 }
 
@@ -228,6 +259,7 @@ async fn two_hundred_sandboxes_come_and_go_and_leave_nothing() {
     for number in 0..200 {
         world.networks.detach(&format!("s{number}")).await.unwrap();
     }
+    world.networks.clear().await.unwrap();
     println!(
         "200 came in {came:?} and all was over after {:?}",
         begin.elapsed()
@@ -243,7 +275,7 @@ async fn sandboxes_that_come_and_go_at_once_do_not_disturb_each_other() {
         let (networks, wanted) = (world.networks.clone(), world.wanted(&format!("s{number}")));
         tokio::spawn(async move {
             for _ in 0..4 {
-                let attached = networks.attach(&wanted).await.unwrap();
+                let attached = Sandbox::new(networks.attach(&wanted).await.unwrap());
                 assert!(
                     tokio::task::spawn_blocking(move || crate::testing::pings(
                         &attached.namespace,
@@ -260,5 +292,6 @@ async fn sandboxes_that_come_and_go_at_once_do_not_disturb_each_other() {
     for task in all {
         task.await.unwrap();
     }
+    world.networks.clear().await.unwrap();
     assert_same(&world.traces(), &before, "at the end");
 }

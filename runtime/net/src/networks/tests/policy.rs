@@ -13,7 +13,7 @@ async fn a_sandbox_that_may_connect_to_nothing_cannot_and_still_answers() {
         publish: vec!["8080:80".parse().unwrap()],
         ..world.wanted("shut")
     };
-    let shut = world.networks.attach(&wanted).await.unwrap();
+    let shut = world.attach_as(&wanted).await.unwrap();
     let gateway = shut.network.gateway().to_string();
     let gateway6 = shut.network.gateway6().unwrap().to_string();
     for to in ["192.0.2.1", "2001:db8::1", "192.0.2.2", &gateway, &gateway6]
@@ -64,7 +64,7 @@ async fn a_policy_does_not_open_other_networks() {
         network: "other".to_owned(),
         ..world.wanted("b")
     };
-    let b = world.networks.attach(&wanted).await.unwrap();
+    let b = world.attach_as(&wanted).await.unwrap();
     let a = world.restrict("a", "allow=0.0.0.0/0").await;
     assert!(!ping(&a.namespace, &ipv4(&b), "-c 1 -W 1"));
     assert!(pings(&a.namespace, "192.0.2.1"));

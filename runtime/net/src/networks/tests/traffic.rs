@@ -47,7 +47,7 @@ async fn jumbo_frames_pass_where_the_network_has_them() {
         network: "jumbo".to_owned(),
         ..world.wanted("a")
     };
-    let a = world.networks.attach(&wanted).await.unwrap();
+    let a = world.attach_as(&wanted).await.unwrap();
     let link = command(&a.namespace, "ip link show eth0").unwrap();
     assert!(link.contains("mtu 9000"), "{link}");
     assert!(ping(&world.host, &ipv4(&a), "-c 3 -w 3 -s 8972"));
@@ -127,7 +127,7 @@ async fn networks_are_apart() {
         ..world.wanted("b")
     };
     let a = world.attach("a").await;
-    let b = world.networks.attach(&wanted).await.unwrap();
+    let b = world.attach_as(&wanted).await.unwrap();
     assert!(!ping(&a.namespace, &ipv4(&b), "-c 1 -W 1"));
     assert!(!ping(&b.namespace, &ipv4(&a), "-c 1 -W 1"));
     assert!(pings(&b.namespace, "192.0.2.1"));
