@@ -52,7 +52,7 @@ pub(super) const NFTA_OBJ_TYPE: u16 = 3;
 pub(super) const NFTA_OBJ_DATA: u16 = 4;
 pub(super) const NFT_OBJECT_COUNTER: u32 = 1;
 
-/// For `nft list` alone, which does not know it of names: the key is in the host's byte order (libnftnl's
+/// For `nft list` alone, which does not know it of names and marks: the key is in the host's byte order (libnftnl's
 /// NFTNL_UDATA_SET_KEYBYTEORDER, four bytes, nftables' BYTEORDER_HOST_ENDIAN).
 const HOST_ORDER: [u8; 6] = {
     let [a, b, c, d] = 1u32.to_ne_bytes();
@@ -345,7 +345,7 @@ impl Batch {
                     .number(NFTA_SET_KEY_TYPE, key)
                     .number(NFTA_SET_KEY_LEN, length)
                     .number(NFTA_SET_ID, id);
-                if set.key == [Type::Ifname] {
+                if matches!(set.key, [Type::Ifname | Type::Mark]) {
                     new.bytes(NFTA_SET_USERDATA, &HOST_ORDER);
                 }
                 match set.mapped {
