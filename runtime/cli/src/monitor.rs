@@ -203,7 +203,7 @@ impl Monitor {
         let mut held = None;
         let start = async {
             // The guest boots while its network is made.
-            let connected = async { source.connect(control).await.context(NO_NETWORK) };
+            let connected = async { source.connect().await.context(NO_NETWORK) };
             let hello = async { agent.hello().await.map_err(anyhow::Error::from) };
             let (guest, connected) = tokio::try_join!(hello, connected)?;
             if let Some((made, hold)) = connected {

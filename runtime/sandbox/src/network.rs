@@ -15,8 +15,9 @@ use crate::{Agent, Error};
 
 /// The interfaces of a namespace, on their way to a guest or there.
 ///
-/// The order is: [`Network::early`], or not; the VM's launch; [`Network::plug`] while the guest boots, or not; [`Network::settle`] when the
-/// agent answers; and then, as long as the VM runs, [`Network::follow`].
+/// The order is: [`Network::early`], or not; the VM's launch; [`Network::settle`] when the agent answers; and then, as long as the VM runs,
+/// [`Network::follow`]. Before the agent answers nothing is asked of the VM process, which has a template to make, it may be, and answers
+/// nobody meanwhile.
 #[derive(Default)]
 pub struct Network {
     /// `None` when they are all there are.
@@ -25,8 +26,8 @@ pub struct Network {
     interfaces: BTreeMap<u32, Interface>,
     /// Those that were given to the VM at its launch, in that order, until it has said where they are.
     early: Vec<GuestInterface>,
-    /// Those that the VM has, and of which the agent has not been told.
-    plugged: Vec<(GuestInterface, Plugged)>,
+    /// Those that came after the launch and that the VM has not been given.
+    arrived: Vec<Adopted>,
 }
 
 /// An interface that the guest has.
@@ -50,16 +51,12 @@ impl Network {
         })
     }
 
-    /// One interface, which does not change, for a VM that has been launched.
-    ///
-    /// # Errors
-    /// When the VM does not take it.
-    pub fn of(vm: &ControlClient, adopted: Adopted) -> Result<Self, Error> {
-        let place = plug(vm, &adopted)?;
-        Ok(Self {
-            plugged: vec![(adopted.interface, place)],
+    /// One interface, which does not change.
+    pub fn of(adopted: Adopted) -> Self {
+        Self {
+            arrived: vec![adopted],
             ..Self::default()
-        })
+        }
     }
 
     async fn changes(&mut self) -> Result<Vec<Change>, Error> {
@@ -90,50 +87,17 @@ impl Network {
         Ok(nics)
     }
 
-    /// Gives a VM that has been launched the interfaces that are there, whether or not its guest is up; [`Network::settle`] does the
-    /// rest.
+    /// Waits until there is an interface, which is for [`Network::settle`].
     ///
     /// # Errors
-    /// When there is one that the guest cannot have.
-    pub async fn plug(&mut self, vm: &ControlClient) -> Result<(), Error> {
-        for change in self.changes().await? {
-            self.plug_changed(vm, change)?;
-        }
-        Ok(())
-    }
-
-    /// As [`Network::plug`], and waits until there is an interface.
-    ///
-    /// # Errors
-    /// As for [`Network::plug`], and when the namespace cannot be watched.
-    pub async fn plug_next(&mut self, vm: &ControlClient) -> Result<(), Error> {
-        while self.plugged.is_empty() {
-            let change = self.changed().await?;
-            self.plug_changed(vm, change)?;
-        }
-        Ok(())
-    }
-
-    fn plug_changed(&mut self, vm: &ControlClient, change: Change) -> Result<(), Error> {
-        match change {
-            Change::Arrived(adopted) => {
-                let place = plug(vm, &adopted)?;
-                self.plugged.push((adopted.interface, place));
-            }
-            Change::Refused { name, error } => return Err(refused(name, error)),
-            // What changes before the agent has been told of it is told as it is then.
-            Change::Changed(interface) => {
-                let mut plugged = self.plugged.iter_mut().map(|(known, _)| known);
-                let known = plugged.find(|known| known.index == interface.index);
-                if let Some(known) = known {
-                    *known = interface;
-                }
-            }
-            Change::Gone(index) => {
-                let at = self.plugged.iter().position(|(i, _)| i.index == index);
-                if let Some((interface, place)) = at.map(|at| self.plugged.remove(at)) {
-                    unplug(vm, place).map_err(in_interface(&interface.name))?;
-                }
+    /// When there is one that the guest cannot have, or the namespace cannot be watched.
+    pub async fn arrival(&mut self) -> Result<(), Error> {
+        while self.arrived.is_empty() {
+            match self.changed().await? {
+                Change::Arrived(adopted) => self.arrived.push(adopted),
+                Change::Refused { name, error } => return Err(refused(name, error)),
+                // Nothing was there before.
+                Change::Changed(_) | Change::Gone(_) => {}
             }
         }
         Ok(())
@@ -148,11 +112,12 @@ impl Network {
             let status = vm
                 .status()
                 .map_err(control("ask for its network devices"))?;
-            self.plugged
-                .extend(std::mem::take(&mut self.early).into_iter().zip(status.nics));
+            for (interface, place) in std::mem::take(&mut self.early).iter().zip(status.nics) {
+                self.add(agent, interface, place).await?;
+            }
         }
-        for (interface, place) in std::mem::take(&mut self.plugged) {
-            self.add(agent, &interface, place).await?;
+        for adopted in std::mem::take(&mut self.arrived) {
+            self.apply(agent, vm, Change::Arrived(adopted)).await?;
         }
         for change in self.changes().await? {
             self.apply(agent, vm, change).await?;

@@ -22,8 +22,8 @@ use std::time::Duration;
 
 use cloison_agent_api::AGENT_PORT;
 use cloison_vmm::{
-    Attachment, CONTROL_SOCKET, ControlClient, End, EndReason, Launch, Nic, Timeline, VSOCK_SOCKET,
-    VmProcess, VmSpec, launch, read_end,
+    Attachment, CONTROL_SOCKET, ControlClient, ControlError, End, EndReason, Launch, Nic, Timeline,
+    VSOCK_SOCKET, VmProcess, VmSpec, launch, read_end,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -538,8 +538,16 @@ impl Running {
     /// # Errors
     /// As for [`Running::ended`].
     pub async fn kill(mut self) -> Result<End, Error> {
-        // It may have ended by itself.
-        let _ = self.control.kill();
+        match self.control.kill() {
+            // It may have ended by itself.
+            Ok(()) | Err(ControlError::Gone) => {}
+            Err(error) => {
+                tracing::debug!("{error}");
+                self.process
+                    .kill()
+                    .map_err(Error::system("end the VM process"))?;
+            }
+        }
         self.ended().await
     }
 }

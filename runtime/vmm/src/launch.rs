@@ -261,6 +261,14 @@ impl VmProcess {
         self.pidfd.as_fd()
     }
 
+    /// Kills a process that does not listen.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.child.kill()
+    }
+
     /// Waits for the process to end and reaps it; says how its VM ended.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use cloison_net::{Attachment, Lease, Namespace, Networks, Reservation};
 use cloison_sandbox::{Home, Id, Network};
-use cloison_vmm::{ControlClient, Nic};
+use cloison_vmm::Nic;
 use nix::unistd::{AccessFlags, access};
 use tokio::time::{Instant, interval_at};
 
@@ -172,15 +172,15 @@ impl Source {
         Ok((Some(network), nics))
     }
 
-    /// Makes what was promised, and gives it to the VM that has been launched.
+    /// Makes what was promised.
     ///
     /// # Errors
     /// When the host refuses.
-    pub async fn connect(self, vm: &ControlClient) -> Result<Option<(Network, Held)>> {
+    pub async fn connect(self) -> Result<Option<(Network, Held)>> {
         match self {
             Self::None | Self::Namespace(_) => Ok(None),
             Self::User(user) => {
-                let (network, pasta) = user.connect(vm).await?;
+                let (network, pasta) = user.connect().await?;
                 let held = Held {
                     _pasta: Some(pasta),
                     ..Held::default()
@@ -191,7 +191,7 @@ impl Source {
                 let has_names = !lease.names.is_empty();
                 let id = lease.id().to_owned();
                 let attached = networks.connect(*lease).await?;
-                let network = Network::of(vm, attached.adopted)?;
+                let network = Network::of(attached.adopted);
                 let held = Held {
                     _reservation: Some(attached.reservation),
                     names: has_names.then_some((networks, id)),

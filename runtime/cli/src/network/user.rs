@@ -8,7 +8,6 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 use cloison_net::{Namespace, Protocol, Publication};
 use cloison_sandbox::Network;
-use cloison_vmm::ControlClient;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt;
@@ -60,17 +59,17 @@ impl User {
         })
     }
 
-    /// Starts pasta, and gives a VM the interface it makes.
+    /// Starts pasta, and waits for the interface it makes.
     ///
     /// # Errors
     /// When pasta cannot, in its words.
-    pub async fn connect(self, vm: &ControlClient) -> Result<(Network, Pasta)> {
+    pub async fn connect(self) -> Result<(Network, Pasta)> {
         let namespace = Namespace::persistent(&self.namespace)?;
         let mut network = Network::new(&namespace)?;
         let mut child = self.spawn().context("cannot start pasta")?;
         let stderr = child.stderr.take();
         tokio::select! {
-            plugged = network.plug_next(vm) => plugged?,
+            arrived = network.arrival() => arrived?,
             said = complaint(stderr) => bail!("pasta cannot make the network: {said}"),
         }
         let pasta = Pasta {
