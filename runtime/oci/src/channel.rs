@@ -89,6 +89,17 @@ impl VerbEnd {
         }
     }
 
+    /// What the other process has said by now of its failure. To be asked when something else has failed, and for the last time.
+    pub fn failure(&mut self) -> Option<anyhow::Error> {
+        self.0.get_ref().set_nonblocking(true).ok()?;
+        loop {
+            match self.next().ok()? {
+                Report::Failed(why) => return Some(anyhow!(why)),
+                Report::Ready | Report::Made => {}
+            }
+        }
+    }
+
     fn next(&mut self) -> Result<Report> {
         let mut text = String::new();
         let read = self.0.read_line(&mut text);
@@ -154,6 +165,18 @@ mod tests {
         drop(theirs);
         let error = verb.expect_made().unwrap_err().to_string();
         assert!(error.contains("killed"), "{error}");
+    }
+
+    #[test]
+    fn a_failure_that_has_not_been_said_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut verb = VerbEnd::new(ours);
+        assert!(verb.failure().is_none());
+        tell(&theirs, &Report::Ready).unwrap();
+        tell(&theirs, &Report::Failed("no room".into())).unwrap();
+        assert_eq!(verb.failure().unwrap().to_string(), "no room");
+        drop(theirs);
+        assert!(verb.failure().is_none());
     }
 
     #[test]

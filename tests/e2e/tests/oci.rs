@@ -367,6 +367,25 @@ fn a_hook_that_fails_ends_the_container_before_it_is_one() {
 }
 
 #[test]
+fn a_vm_that_dies_is_the_reason_and_not_the_hook_that_misses_it() {
+    // As docker's own does, it looks for the namespace of the pid that it was told.
+    let script = "read -r state; pid=${state#*\"pid\":}; pid=${pid%%[,\\}]*}; while [ -e /proc/$pid/ns/net ]; do sleep 0.1; done; echo no namespace; exit 1";
+    let bundle = Bundle::shell("true").with(|config| {
+        config["hooks"] =
+            json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", script] }] });
+    });
+    // An initial ramfs without an init is the surest way.
+    let empty = bundle.host.file("initramfs", [0u8; 512]);
+    let output = command(&bundle.host)
+        .env("CLOISON_INITRAMFS", empty)
+        .args(["run", "--bundle", bundle.dir().to_str().unwrap(), "one"])
+        .output()
+        .unwrap();
+    fail(&output, 1, &["panicked"]);
+    fail(&bundle.run(&["state", "one"]), 1, &["does not exist"]);
+}
+
+#[test]
 fn an_exec_can_be_in_a_cgroup_below_the_containers() {
     let bundle = Bundle::shell(
         "mount -t cgroup2 none /mnt && mkdir -p /mnt/own/deep && echo made; sleep 1000",
