@@ -369,7 +369,7 @@ fn a_hook_that_fails_ends_the_container_before_it_is_one() {
 #[test]
 fn a_vm_that_dies_is_the_reason_and_not_the_hook_that_misses_it() {
     // As docker's own does, it looks for the namespace of the pid that it was told.
-    let script = "read -r state; pid=${state#*\"pid\":}; pid=${pid%%[,\\}]*}; while [ -e /proc/$pid/ns/net ]; do sleep 0.1; done; echo no namespace; exit 1";
+    let script = "read -r state; pid=${state#*\\\"pid\\\":}; pid=${pid%%[,\\}]*}; while [ -e /proc/$pid/ns/net ]; do sleep 0.1; done; echo no namespace; exit 1";
     let bundle = Bundle::shell("true").with(|config| {
         config["hooks"] =
             json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", script] }] });
