@@ -99,7 +99,14 @@ impl Networks {
         } = lease;
         let (index, tap) = self.host.run(|| {
             let links = Links::open()?;
-            let bridge = make_bridge(&links, &network)?;
+            let bridge = match find_bridge(&links, &network)? {
+                Some(index) => index,
+                None => {
+                    // One at a time: while the kernel loads what bridges are made with for one, it tells others that it has none.
+                    let _locked = self.store.lock_blocking()?;
+                    make_bridge(&links, &network)?
+                }
+            };
             between()?;
             // Before there is anybody whom they are about.
             let mut rules = nft::Batch::default();
@@ -170,15 +177,20 @@ impl Networks {
     }
 }
 
-/// Makes a network's bridge in the calling thread's namespace, or makes sure of it. Returns its index.
+/// The index of a network's bridge in the calling thread's namespace, if it has been made whole.
+fn find_bridge(links: &Links, network: &Network) -> Result<Option<u32>> {
+    let bridge = network.bridge();
+    // It is brought up last.
+    let link = links.find(&bridge)?.filter(|link| link.up);
+    if link.is_some() {
+        sysctl::set_up_host(&bridge, network.subnet6.is_some())?;
+    }
+    Ok(link.map(|link| link.index))
+}
+
+/// Makes a network's bridge in the calling thread's namespace, or what is missing of it. Returns its index.
 fn make_bridge(links: &Links, network: &Network) -> Result<u32> {
     let bridge = network.bridge();
-    let set_up = || sysctl::set_up_host(&bridge, network.subnet6.is_some());
-    // It is brought up last.
-    if let Some(link) = links.find(&bridge)?.filter(|link| link.up) {
-        set_up()?;
-        return Ok(link.index);
-    }
     links.make(&[Change::add_bridge(network)])?;
     let link = links.find(&bridge)?;
     let index = link
@@ -187,7 +199,7 @@ fn make_bridge(links: &Links, network: &Network) -> Result<u32> {
     if network.subnet6.is_none() {
         sysctl::silence(&bridge)?;
     }
-    set_up()?;
+    sysctl::set_up_host(&bridge, network.subnet6.is_some())?;
     let mut changes: Vec<_> = gateways(network)
         .into_iter()
         .map(|address| Change::add_address(index, address))
