@@ -57,7 +57,7 @@ fn a_scheduler_or_a_personality_that_cannot_be_is_an_error() {
 fn what_a_spec_leaves_out_or_asks_in_vain_is_no_error() {
     let bundle = Bundle::shell("pwd; touch /elsewhere 2>/dev/null || echo read-only; cat /sys/fs/cgroup/pids.max; grep -c ' /proc proc ' /proc/mounts").with(|config| {
         config["root"]["readonly"] = json!(true);
-        config["process"]["cwd"] = json!("/work/is/done/here");
+        config["process"]["cwd"] = json!("/made/for/it");
         let bounding = &mut config["process"]["capabilities"]["bounding"];
         let bounding = bounding.as_array_mut().unwrap();
         bounding.push(json!("CAP_OF_TOMORROW"));
@@ -67,7 +67,7 @@ fn what_a_spec_leaves_out_or_asks_in_vain_is_no_error() {
         }
     });
     let seen = succeed(&bundle.output());
-    assert_eq!(seen, "/work/is/done/here\nread-only\nmax\n1\n");
+    assert_eq!(seen, "/made/for/it\nread-only\nmax\n1\n");
     let log = bundle.log();
     assert!(
         log.contains("ignoring unknown") && log.contains("CAP_OF_TOMORROW"),
