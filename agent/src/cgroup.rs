@@ -4,13 +4,12 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::uio::pread;
 use tokio::io::Interest;
 
-use crate::devices::{self, Rule};
 use crate::{dirs, sys};
 
 /// Most cgroups of one container that are looked at.
@@ -43,7 +42,7 @@ pub struct Cgroup {
     pub path: PathBuf,
     directory: PathBuf,
     /// The program that decides on devices.
-    filter: Mutex<Option<OwnedFd>>,
+    filter: Mutex<Option<Arc<OwnedFd>>>,
 }
 
 /// Lets the cgroups below `directory` have every controller that it has.
@@ -54,6 +53,22 @@ pub fn enable_controllers(directory: &Path) -> io::Result<()> {
         .map(|name| format!("+{name}"))
         .collect();
     fs::write(directory.join("cgroup.subtree_control"), request.join(" "))
+}
+
+/// Makes a cgroup that others will be below, and those above it, where they are missing.
+pub fn create_parent(path: &Path) -> io::Result<()> {
+    let mut directory = PathBuf::from(dirs::CGROUPS);
+    for name in path.components().skip_while(|c| *c == Component::RootDir) {
+        directory.push(name);
+        match fs::create_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => {
+                result?;
+                enable_controllers(&directory)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Cgroup {
@@ -70,31 +85,18 @@ impl Cgroup {
 
     /// Makes it, and those above it that are missing. It must not exist.
     pub fn create(&self) -> io::Result<()> {
-        let above: Vec<&Path> = self
-            .directory
-            .ancestors()
-            .skip(1)
-            .take_while(|directory| *directory != Path::new(dirs::CGROUPS))
-            .collect();
-        for directory in above.into_iter().rev() {
-            match fs::create_dir(directory) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                result => {
-                    result?;
-                    enable_controllers(directory)?;
-                }
-            }
+        if let Some(parent) = self.path.parent() {
+            create_parent(parent)?;
         }
         fs::create_dir(&self.directory)
     }
 
-    /// Lets its processes use the devices that these rules allow and no others.
-    pub fn allow_devices(&self, rules: &[Rule]) -> io::Result<()> {
-        let program = sys::load_device_program(&devices::program(rules))?;
+    /// Has this program decide on the devices that its processes may use.
+    pub fn filter_devices(&self, program: Arc<OwnedFd>) -> io::Result<()> {
         let directory = File::open(&self.directory)?;
         // A descriptor and nothing else is behind the lock.
         let mut filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
-        let replaced = filter.as_ref().map(AsFd::as_fd);
+        let replaced = filter.as_ref().map(|filter| filter.as_fd());
         sys::attach_device_program(program.as_fd(), directory.as_fd(), replaced)?;
         *filter = Some(program);
         Ok(())

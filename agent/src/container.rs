@@ -11,20 +11,20 @@ use std::{fs, io};
 
 use nix::unistd::Pid;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::connect::Connect;
 use crate::cpus;
-use crate::devices::Rule;
+use crate::devices::{Filters, Rule};
 use crate::dirs;
 use crate::error::{Doing, Error, Result};
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::lifeline::Lifeline;
 use crate::mounts::Mounts;
 use crate::process::{Outcome, Process, send};
-use crate::reaper::Reaper;
+use crate::reaper::{Expectation, Reaper};
 use crate::report::{Create, Exec, Request, Update};
 use crate::sockets::Sockets;
-use crate::spawn::{self, Inherited, Reports};
+use crate::spawn::{Handed, Reports, Waiting};
 use crate::spec::{self, ContainerSpec, Defaults};
 use crate::stdio::{self, Ports, Stdio, Streams};
 
@@ -44,6 +44,9 @@ pub struct Shared {
     pub began: OnceLock<Duration>,
     /// How many CPUs the guest may use.
     pub cpus: AtomicU32,
+    /// A helper that was started ahead of its time.
+    waiting: Mutex<Option<Waiting>>,
+    filters: Filters,
 }
 
 impl Shared {
@@ -53,6 +56,29 @@ impl Shared {
             reaper,
             began: OnceLock::new(),
             cpus: AtomicU32::new(u32::MAX),
+            waiting: Mutex::default(),
+            filters: Filters::default(),
+        }
+    }
+
+    /// Does ahead of time what the first container needs, whatever it is: a guest that becomes a template does it once for all that go on
+    /// from there. All of it is to be had later as well.
+    pub fn prepare(&self) -> Result<()> {
+        let parent = Path::new(dirs::DEFAULT_CGROUP);
+        cgroup::create_parent(parent).doing(|| format!("making cgroup {}", parent.display()))?;
+        let default = self.filters.load(&[]);
+        default.doing(|| "loading the default rules for devices".to_owned())?;
+        let helper = Waiting::start(&self.reaper.expect())?;
+        *lock(&self.waiting) = Some(helper);
+        Ok(())
+    }
+
+    /// A helper: the one that waits, or another.
+    fn helper(&self, expectation: &Expectation) -> Result<Waiting> {
+        let waiting = lock(&self.waiting).take();
+        match waiting.filter(Waiting::is_alive) {
+            Some(waiting) => Ok(waiting),
+            None => Waiting::start(expectation),
         }
     }
 
@@ -236,7 +262,8 @@ impl Container {
     /// Has the helper make a process with these streams.
     async fn launch(&self, request: Request, stdio: Stdio) -> Result<(Arc<Process>, Reports)> {
         let expectation = self.shared.reaper.expect();
-        let helper = spawn::helper(&expectation, &request, &stdio.inherited())?;
+        let helper = self.shared.helper(&expectation)?;
+        let helper = helper.ask(&request, &stdio.handed()).await?;
         let (pid, reports) = helper.answer().await?;
         let pid = pid.map(Pid::from_raw).ok_or_else(|| Error::Invalid {
             what: "answer of the helper",
@@ -528,13 +555,15 @@ impl Container {
         });
         // In the helper, because lowering a memory limit may take as long as the kernel needs to reclaim.
         let expectation = self.shared.reaper.expect();
-        let helper = spawn::helper(&expectation, &request, &Inherited::default())?;
+        let helper = self.shared.helper(&expectation)?;
         drop(expectation);
+        let helper = helper.ask(&request, &Handed::default()).await?;
         helper.answer().await.map(drop)
     }
 
     fn allow_devices(&self, rules: &[Rule]) -> Result<()> {
-        let allowed = self.cgroup.allow_devices(rules);
+        let filter = self.shared.filters.load(rules);
+        let allowed = filter.and_then(|filter| self.cgroup.filter_devices(filter));
         allowed.doing(|| format!("applying container {}'s rules for devices", self.id))
     }
 

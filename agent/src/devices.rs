@@ -2,9 +2,14 @@
 //! them (Linux, include/uapi/linux/bpf.h). A later rule goes before an earlier one, and each kind of access that is asked
 //! for (read, write, mknod) must be allowed by some rule before another denies it. What no rule speaks of is denied.
 
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use libcontainer::oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::error::{Error, Result};
+use crate::sys;
 
 /// bpf_cgroup_dev_ctx.access_type: the kind of device in the lower half, the access in the upper one.
 const BLOCK: i32 = 1;
@@ -144,6 +149,45 @@ const fn verdict(allow: bool) -> [u64; 2] {
     [constant(MOVE, VERDICT, allow as i32), constant(EXIT, 0, 0)]
 }
 
+/// The programs that the guest's containers have, of which the last one loaded is at hand for the next: mostly it is the same.
+#[derive(Default)]
+pub struct Filters(Mutex<Option<(Vec<u64>, Arc<OwnedFd>)>>);
+
+impl Filters {
+    /// The program of these rules, in the kernel.
+    ///
+    /// # Errors
+    /// When the kernel does not take it: there is no memory, or it is longer than 4,096 instructions.
+    pub fn load(&self, rules: &[Rule]) -> io::Result<Arc<OwnedFd>> {
+        let wanted = program(rules);
+        // Nothing panics with the lock held.
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((program, loaded)) = &*last
+            && *program == wanted
+        {
+            return Ok(Arc::clone(loaded));
+        }
+        let loaded = Arc::new(sys::load_device_program(&wanted)?);
+        *last = Some((wanted, Arc::clone(&loaded)));
+        Ok(loaded)
+    }
+}
+
+/// The rules that decide anything, those of every container's included: none that a later one leaves nothing to, and no denial with
+/// nothing allowed before it.
+fn deciding(rules: &[Rule]) -> Vec<Rule> {
+    let mut deciding: Vec<Rule> = Vec::new();
+    for rule in rules.iter().chain(&DEFAULTS).rev() {
+        if deciding.iter().all(|later| !later.covers(rule)) {
+            deciding.push(*rule);
+        }
+    }
+    while deciding.last().is_some_and(|rule| !rule.allow) {
+        deciding.pop();
+    }
+    deciding
+}
+
 /// The program of these rules.
 pub fn program(rules: &[Rule]) -> Vec<u64> {
     let mut program = vec![
@@ -154,7 +198,7 @@ pub fn program(rules: &[Rule]) -> Vec<u64> {
         instruction(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
         instruction(LOAD_WORD, MINOR, CONTEXT, 8, 0),
     ];
-    for rule in rules.iter().chain(&DEFAULTS).rev() {
+    for rule in deciding(rules) {
         rule.append(&mut program);
         if rule.is_last() {
             // The kernel refuses instructions that are never reached.
@@ -166,6 +210,15 @@ pub fn program(rules: &[Rule]) -> Vec<u64> {
 }
 
 impl Rule {
+    /// Decides on all that the other one speaks of.
+    fn covers(&self, other: &Self) -> bool {
+        let any_or_same = |mine: Option<i32>, other| mine.is_none() || mine == other;
+        any_or_same(self.kind, other.kind)
+            && any_or_same(self.major, other.major)
+            && any_or_same(self.minor, other.minor)
+            && self.access & other.access == other.access
+    }
+
     /// Nothing gets past it.
     fn is_last(&self) -> bool {
         let speaks_of = [self.kind, self.major, self.minor];

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let argument = arguments.next();
     if argument.as_deref() == Some(helper::ARGUMENT) {
-        return helper::main(arguments);
+        return helper::main();
     }
     if std::process::id() != 1 {
         eprintln!("cloison-agent is the init of a cloison guest; nobody else can start it");
@@ -74,6 +74,7 @@ async fn serve(begun: Option<Begun>) -> Result<(), Box<dyn std::error::Error>> {
     let begun = match begun {
         Some(begun) => begun,
         None => {
+            service.prepare()?;
             template::wait()?;
             let begun = Begun::now();
             mount_shared();

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -119,14 +119,6 @@ fn is_shared(path: &Path) -> bool {
     })
 }
 
-/// A descriptor out of the way of the lowest numbers, which those of a process will have.
-pub fn above(descriptor: OwnedFd, lowest: RawFd) -> io::Result<OwnedFd> {
-    match descriptor.as_raw_fd() < lowest {
-        true => Ok(rustix::io::fcntl_dupfd_cloexec(&descriptor, lowest)?),
-        false => Ok(descriptor),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -240,17 +232,5 @@ mod tests {
         file.write_all(b"end").unwrap();
         let text = std::fs::read_to_string(there.path()).unwrap();
         assert_eq!(text, "0123456789end");
-    }
-
-    #[test]
-    fn a_descriptor_is_moved_only_if_it_is_in_the_way() {
-        let file = OwnedFd::from(tempfile::tempfile().unwrap());
-        let number = file.as_raw_fd();
-        let file = above(file, number).unwrap();
-        assert_eq!(file.as_raw_fd(), number);
-        let file = above(file, number + 100).unwrap();
-        assert!(file.as_raw_fd() >= number + 100);
-        let flags = rustix::io::fcntl_getfd(&file).unwrap();
-        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
     }
 }

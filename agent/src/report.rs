@@ -1,8 +1,7 @@
-//! What the agent asks of its helper process and what the helper answers: one JSON document in a memfd one way, lines of
+//! What the agent asks of its helper process and what the helper answers: one JSON document over a socket one way, lines of
 //! JSON in a pipe the other. The pipe's write end outlives the helper in the container's init, which closes it by
 //! starting its program: so its end means "the program runs", and a last line says why it does not.
 
-use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use libcontainer::oci_spec::runtime::LinuxResources;
@@ -21,6 +20,18 @@ pub enum Request {
     Update(Update),
 }
 
+impl Request {
+    /// How many descriptors beside stdio come with it.
+    pub fn preserved(&self) -> usize {
+        match self {
+            Self::Create(Create { preserved, .. }) | Self::Exec(Exec { preserved, .. }) => {
+                *preserved
+            }
+            Self::Update(_) => 0,
+        }
+    }
+}
+
 /// Create a container, up to the point where its init waits to be started.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Create {
@@ -29,7 +40,7 @@ pub struct Create {
     /// How many CPUs of the guest's it is to have.
     pub cpus: u32,
     pub stdio: ChildStdio,
-    /// How many descriptors the process has beside stdio. The helper has them under the same numbers.
+    /// How many descriptors the process has beside stdio.
     pub preserved: usize,
     pub workload: Workload,
 }
@@ -41,7 +52,7 @@ pub struct Exec {
     /// File with the OCI Process as libcontainer gets it.
     pub process: PathBuf,
     pub stdio: ChildStdio,
-    /// How many descriptors the process has beside stdio. The helper has them under the same numbers.
+    /// How many descriptors the process has beside stdio.
     pub preserved: usize,
     pub workload: Workload,
 }
@@ -59,8 +70,8 @@ pub struct Update {
 /// What the process gets as its standard streams.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ChildStdio {
-    /// Descriptors of the helper: standard input, output, error.
-    Descriptors([RawFd; 3]),
+    /// What is handed over with the request.
+    Handed,
     /// A new terminal, whose other side is sent to the socket at this path.
     Terminal(PathBuf),
 }

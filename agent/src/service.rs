@@ -81,6 +81,11 @@ impl Service {
         Ok(())
     }
 
+    /// Does ahead of time what the first container will need.
+    pub fn prepare(&self) -> Result<()> {
+        self.shared.prepare()
+    }
+
     /// From here on the guest is this sandbox's own. Only the first call counts.
     pub fn begin(&self, uptime: Duration) {
         let _ = self.shared.began.set(uptime);

@@ -1,22 +1,22 @@
-//! Starts the helper process and reads what it and the process it makes report. posix_spawn(3) only: the agent never
+//! Starts the helper process, asks it, and reads what it and the process it makes report. posix_spawn(3) only: the agent never
 //! forks itself.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 
 use nix::fcntl::OFlag;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, posix_spawn};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 use crate::error::{Doing, Error, Result};
 use crate::helper;
-use crate::preserved;
 use crate::reaper::{Exit, ExitWatch, Expectation, ended};
 use crate::report::{Failure, FailureKind, MAX_LINE, Report, Request};
+use crate::sys;
 
 /// Most bytes of reports about one process that are read; what comes after is as good as the end.
 const MAX_REPORTS: usize = 256 * 1024;
@@ -24,79 +24,92 @@ const MAX_REPORTS: usize = 256 * 1024;
 /// Most lines of libcontainer's log that are kept to explain a failure.
 const MAX_TRACES: usize = 4;
 
+/// A helper that has been started and waits for what it is to do.
+pub struct Waiting {
+    socket: UnixStream,
+    exit: ExitWatch,
+}
+
 /// A running helper.
 pub struct Helper {
     pub reports: Reports,
     pub exit: ExitWatch,
 }
 
-/// Descriptors that a helper inherits. None of them has, here, one of the numbers that the preserved ones get there.
+/// Descriptors that a helper gets with its request.
 #[derive(Default)]
-pub struct Inherited<'a> {
-    /// From number 3 on, in this order.
+pub struct Handed<'a> {
+    /// Those that its process is to have from number 3 on.
     pub preserved: Vec<BorrowedFd<'a>>,
-    /// Under the numbers they have here.
-    pub others: Vec<BorrowedFd<'a>>,
+    /// Its process's standard input, output and error, or none.
+    pub standard: Vec<BorrowedFd<'a>>,
 }
 
-/// Starts a helper.
-pub fn helper(
-    expectation: &Expectation,
+impl Waiting {
+    /// Starts a helper.
+    pub fn start(expectation: &Expectation) -> Result<Self> {
+        let spawn = || -> io::Result<_> {
+            let (ours, theirs) = UnixStream::pair()?;
+            let mut actions = PosixSpawnFileActions::init()?;
+            // Should it have that number already: POSIX says that this clears close-on-exec then, in the child alone.
+            actions.add_dup2(theirs.as_raw_fd(), helper::SOCKET)?;
+            let arguments = [
+                c"cloison-agent".to_owned(),
+                CString::new(helper::ARGUMENT).unwrap_or_default(),
+            ];
+            let environment: [CString; 0] = [];
+            let attributes = PosixSpawnAttr::init()?;
+            let program = c"/proc/self/exe";
+            let pid = posix_spawn(program, &actions, &attributes, &arguments, &environment)?;
+            Ok((ours, pid))
+        };
+        let (socket, pid) = spawn().doing(|| "starting the helper".into())?;
+        Ok(Self {
+            socket,
+            exit: expectation.watch(pid),
+        })
+    }
+
+    /// Whether it can still be asked.
+    pub fn is_alive(&self) -> bool {
+        self.exit.borrow().is_none()
+    }
+
+    /// Asks it to do this. One that dies of it says so in place of an answer.
+    pub async fn ask(self, request: &Request, handed: &Handed<'_>) -> Result<Helper> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)
+            .map_err(io::Error::from)
+            .doing(|| "making the helper's pipe".into())?;
+        let descriptors = handed.preserved.iter().chain(&handed.standard);
+        let descriptors: Vec<BorrowedFd<'_>> =
+            descriptors.copied().chain([write.as_fd()]).collect();
+        let sent = send(self.socket, request, &descriptors).await;
+        if let Err(error) = sent
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            return Err(error).doing(|| "writing the helper's request".into());
+        }
+        drop(write);
+        let pipe = pipe::Receiver::from_owned_fd(read);
+        let pipe = pipe.doing(|| "reading the helper's pipe".into())?;
+        Ok(Helper {
+            reports: Reports::new(pipe),
+            exit: self.exit,
+        })
+    }
+}
+
+/// The request, to its end, and the descriptors with its first byte: a space, which JSON may begin with.
+async fn send(
+    socket: UnixStream,
     request: &Request,
-    inherited: &Inherited<'_>,
-) -> Result<Helper> {
-    let numbers = (preserved::FIRST..).take(inherited.preserved.len());
-    let lowest = numbers.clone().last().map_or(0, |last| last + 1);
-    let own = || -> io::Result<_> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-        Ok((read, preserved::above(write, lowest)?))
-    };
-    let (read, write) = own().doing(|| "making the helper's pipe".into())?;
-    let request = document(request).and_then(|file| preserved::above(file, lowest));
-    let request = request.doing(|| "writing the helper's request".into())?;
-    let spawn = || -> nix::Result<nix::unistd::Pid> {
-        let mut actions = PosixSpawnFileActions::init()?;
-        for (descriptor, number) in inherited.preserved.iter().zip(numbers) {
-            actions.add_dup2(descriptor.as_raw_fd(), number)?;
-        }
-        let own = [request.as_fd(), write.as_fd()];
-        for descriptor in inherited.others.iter().chain(&own) {
-            // Onto itself: POSIX says this only clears close-on-exec, in the child alone.
-            actions.add_dup2(descriptor.as_raw_fd(), descriptor.as_raw_fd())?;
-        }
-        let number = |fd: &OwnedFd| CString::new(fd.as_raw_fd().to_string()).unwrap_or_default();
-        let arguments = [
-            c"cloison-agent".to_owned(),
-            CString::new(helper::ARGUMENT).unwrap_or_default(),
-            number(&request),
-            number(&write),
-        ];
-        let environment: [CString; 0] = [];
-        let attributes = PosixSpawnAttr::init()?;
-        posix_spawn(
-            c"/proc/self/exe",
-            &actions,
-            &attributes,
-            &arguments,
-            &environment,
-        )
-    };
-    let pid = spawn().doing(|| "starting the helper".into())?;
-    drop(write);
-    let pipe = pipe::Receiver::from_owned_fd(read).doing(|| "reading the helper's pipe".into())?;
-    Ok(Helper {
-        reports: Reports::new(pipe),
-        exit: expectation.watch(pid),
-    })
-}
-
-fn document(request: &Request) -> io::Result<OwnedFd> {
-    let file = memfd_create("request", MFdFlags::MFD_CLOEXEC)?;
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let json = serde_json::to_vec(request)?;
-    let mut file = std::fs::File::from(file);
-    io::Write::write_all(&mut file, &json)?;
-    io::Seek::rewind(&mut file)?;
-    Ok(file.into())
+    sys::send_descriptors(&socket, b" ", descriptors)?;
+    socket.set_nonblocking(true)?;
+    let mut socket = tokio::net::UnixStream::from_std(socket)?;
+    socket.write_all(&json).await
 }
 
 impl Helper {

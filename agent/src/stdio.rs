@@ -2,13 +2,13 @@
 //! in their place, and the pumps between the two. It gets a socket only where its caller had one: pipes and terminals can be opened
 //! again through /dev/stdout, sockets cannot.
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::{fs, os::fd::AsRawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -21,10 +21,10 @@ use tokio::task::AbortHandle;
 use crate::connect::Connect;
 use crate::dirs;
 use crate::error::{Doing, Result};
-use crate::preserved::{self, Descriptor};
+use crate::preserved::Descriptor;
 use crate::pump;
 use crate::report::ChildStdio;
-use crate::spawn::Inherited;
+use crate::spawn::Handed;
 use crate::sys;
 
 /// What a stream's socket takes from the host before it is read, bytes.
@@ -99,9 +99,6 @@ impl Stdio {
         terminal: bool,
         owner: Option<u32>,
     ) -> Result<Self> {
-        let count = RawFd::try_from(ports.preserved.len()).unwrap_or(RawFd::MAX);
-        // The helper has all of these, and the preserved ones under the numbers that the process is going to have them under.
-        let lowest = preserved::FIRST.saturating_add(count);
         let standard = if terminal {
             let socket = stream(connect, ports.stdin).await?;
             let (listener, path) = console().doing(|| "making the console's socket".into())?;
@@ -114,16 +111,11 @@ impl Stdio {
             let stdin = End::standard(connect, ports.stdin, Kind::Input, owner).await?;
             let stdout = End::standard(connect, ports.stdout, Kind::Output, owner).await?;
             let stderr = End::standard(connect, ports.stderr, Kind::Output, owner).await?;
-            let [stdin, stdout, stderr] = [stdin, stdout, stderr].map(|end| end.above(lowest));
-            Standard::Separate([stdin?, stdout?, stderr?])
+            Standard::Separate([stdin, stdout, stderr])
         };
         let mut preserved = Vec::with_capacity(ports.preserved.len());
         for wanted in &ports.preserved {
-            preserved.push(
-                End::preserved(connect, wanted, owner)
-                    .await?
-                    .above(lowest)?,
-            );
+            preserved.push(End::preserved(connect, wanted, owner).await?);
         }
         Ok(Self {
             standard,
@@ -134,9 +126,7 @@ impl Stdio {
     /// What to tell the helper.
     pub fn for_helper(&self) -> ChildStdio {
         match &self.standard {
-            Standard::Separate(ends) => {
-                ChildStdio::Descriptors(ends.each_ref().map(|end| end.far.as_raw_fd()))
-            }
+            Standard::Separate(_) => ChildStdio::Handed,
             Standard::Terminal { path, .. } => ChildStdio::Terminal(path.0.clone()),
         }
     }
@@ -146,11 +136,11 @@ impl Stdio {
         self.preserved.len()
     }
 
-    /// What the helper must inherit.
-    pub fn inherited(&self) -> Inherited<'_> {
-        Inherited {
+    /// What to hand to the helper.
+    pub fn handed(&self) -> Handed<'_> {
+        Handed {
             preserved: self.preserved.iter().map(End::far).collect(),
-            others: match &self.standard {
+            standard: match &self.standard {
                 Standard::Separate(ends) => ends.iter().map(End::far).collect(),
                 Standard::Terminal { .. } => Vec::new(),
             },
@@ -238,12 +228,6 @@ impl End {
             stream: Some(stream),
         })
     }
-
-    fn above(self, lowest: RawFd) -> Result<Self> {
-        let far = preserved::above(self.far, lowest);
-        let far = far.doing(|| "moving a descriptor out of the way".into())?;
-        Ok(Self { far, ..self })
-    }
 }
 
 /// The stream from a port of the host; none for port 0.
@@ -306,7 +290,7 @@ fn receive(listener: &UnixListener) -> io::Result<AsyncFd<OwnedFd>> {
     listener.set_nonblocking(true)?;
     let (socket, _) = listener.accept()?;
     socket.set_nonblocking(true)?;
-    let terminal = sys::receive_descriptor(socket.as_fd())?;
+    let terminal = sys::receive_descriptor(&socket)?;
     fcntl(
         &terminal,
         FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK),

@@ -2,14 +2,15 @@
 //! checked values; nothing here decides anything.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use cloison_agent_api::MAX_ENTROPY;
+use cloison_agent_api::{MAX_ENTROPY, MAX_PRESERVED};
 use libcontainer::oci_spec::runtime::PosixRlimit;
 use nix::cmsg_space;
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socket,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socket,
 };
 use nix::unistd::Pid;
 use tokio::io::Interest;
@@ -191,34 +192,70 @@ pub fn kill(pid: Pid, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid.as_raw(), signal) })
 }
 
-/// Receives the one descriptor a peer sends over a connected Unix socket.
-pub fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let mut byte = [0; 64];
-    let mut iov = [io::IoSliceMut::new(&mut byte)];
-    let mut space = cmsg_space!(RawFd);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = control
-            && let [descriptor] = descriptors[..]
-        {
-            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
-            return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
-        }
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidData,
-        "the message carries no descriptor",
-    ))
+/// Most descriptors that come with one message: what a helper's process has, and the helper's pipe.
+const MAX_DESCRIPTORS: usize = MAX_PRESERVED + 4;
+
+/// Sends descriptors with some bytes over a connected Unix socket.
+pub fn send_descriptors(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let control = [ControlMessage::ScmRights(&numbers)];
+    let iov = [io::IoSlice::new(bytes)];
+    let socket = socket.as_fd().as_raw_fd();
+    sendmsg::<()>(socket, &iov, &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }
 
-/// Takes over a descriptor this process inherited under a number it was told.
+/// Receives bytes over a connected Unix socket, and the descriptors that come with the first of them: how many bytes came, and all of the
+/// descriptors.
+pub fn receive_descriptors(
+    socket: impl AsFd,
+    bytes: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut iov = [io::IoSliceMut::new(bytes)];
+    let mut space = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let socket = socket.as_fd().as_raw_fd();
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket, &mut iov, Some(&mut space), flags)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(descriptors) = control {
+            // SAFETY: the kernel has just made these descriptors for us, and nobody else knows their numbers.
+            let own = |number| unsafe { OwnedFd::from_raw_fd(number) };
+            received.extend(descriptors.into_iter().map(own));
+        }
+    }
+    Ok((message.bytes, received))
+}
+
+/// Receives the one descriptor a peer sends over a connected Unix socket.
+pub fn receive_descriptor(socket: impl AsFd) -> io::Result<OwnedFd> {
+    let (_, mut received) = receive_descriptors(socket, &mut [0; 64])?;
+    match (received.pop(), received.is_empty()) {
+        (Some(descriptor), true) => Ok(descriptor),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the message does not carry one descriptor",
+        )),
+    }
+}
+
+/// Takes over a descriptor this process inherited under a number it knows.
 ///
 /// # Safety
 /// The number must be one the parent opened for this process, taken over once.
 pub unsafe fn inherited(number: RawFd) -> OwnedFd {
     // SAFETY: the caller's promise: the descriptor is open and has no other owner.
     unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Makes a descriptor known under this number as well, which a program that is executed keeps.
+pub fn duplicate_as(descriptor: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
+    // SAFETY: dup2 takes two numbers; who had the second one, if anybody, is the caller's to know.
+    check(unsafe { libc::dup2(descriptor.as_raw_fd(), number) }.min(0))
 }
 
 /// Sets how much a connected vsock socket takes from its peer before it is read, bytes.
@@ -363,10 +400,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
-
-    use nix::sys::socket::{ControlMessage, sendmsg};
 
     use super::*;
 
@@ -374,12 +408,9 @@ mod tests {
     fn a_descriptor_arrives_and_works() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (mut near, far) = UnixStream::pair().unwrap();
-        let descriptors = [far.as_raw_fd()];
-        let control = [ControlMessage::ScmRights(&descriptors)];
-        let iov = [io::IoSlice::new(b"x")];
-        sendmsg::<()>(theirs.as_raw_fd(), &iov, &control, MsgFlags::empty(), None).unwrap();
+        send_descriptors(&theirs, b"x", &[far.as_fd()]).unwrap();
         drop(far);
-        let received = receive_descriptor(ours.as_fd()).unwrap();
+        let received = receive_descriptor(&ours).unwrap();
         near.write_all(b"hello").unwrap();
         let mut text = [0; 5];
         UnixStream::from(received).read_exact(&mut text).unwrap();
@@ -391,9 +422,43 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(b"x").unwrap();
         assert_eq!(
-            receive_descriptor(ours.as_fd()).unwrap_err().kind(),
+            receive_descriptor(&ours).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
+    }
+
+    #[test]
+    fn more_descriptors_than_one_are_an_error_and_are_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut near, far) = UnixStream::pair().unwrap();
+        send_descriptors(&theirs, b"x", &[far.as_fd(), far.as_fd()]).unwrap();
+        drop(far);
+        assert!(receive_descriptor(&ours).is_err());
+        assert_eq!(near.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn descriptors_come_in_their_order_with_the_bytes_and_have_close_on_exec() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let pairs: Vec<_> = (0..MAX_DESCRIPTORS)
+            .map(|_| UnixStream::pair().unwrap())
+            .collect();
+        let far: Vec<_> = pairs.iter().map(|(_, far)| far.as_fd()).collect();
+        send_descriptors(&theirs, b"some bytes", &far).unwrap();
+        let mut bytes = [0; 64];
+        let (count, received) = receive_descriptors(&ours, &mut bytes).unwrap();
+        assert_eq!(&bytes[..count], b"some bytes");
+        assert_eq!(received.len(), MAX_DESCRIPTORS);
+        for (index, (received, (near, _))) in received.into_iter().zip(&pairs).enumerate() {
+            let flags = rustix::io::fcntl_getfd(&received).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+            let text = [u8::try_from(index).unwrap()];
+            UnixStream::from(received).write_all(&text).unwrap();
+            let mut near = near;
+            let mut read = [0];
+            near.read_exact(&mut read).unwrap();
+            assert_eq!(read, text);
+        }
     }
 
     #[test]

@@ -120,3 +120,80 @@ fn rules_that_make_no_sense_are_refused() {
         assert!(matches!(given(json!([rule])), Err(Error::Invalid { .. })));
     }
 }
+
+/// What the rules say, one after the other as they are written: of what is asked for, nothing is allowed until a rule allows it.
+fn read_one_by_one(rules: &[Rule], kind: i32, major: i32, minor: i32, access: i32) -> bool {
+    let mut allowed = 0;
+    for rule in rules.iter().chain(&DEFAULTS) {
+        let speaks_of = |mine: Option<i32>, asked| mine.is_none_or(|mine| mine == asked);
+        if speaks_of(rule.kind, kind)
+            && speaks_of(rule.major, major)
+            && speaks_of(rule.minor, minor)
+        {
+            match rule.allow {
+                true => allowed |= rule.access,
+                false => allowed &= !rule.access,
+            }
+        }
+    }
+    access & !allowed == 0
+}
+
+#[test]
+fn what_is_left_out_of_a_program_decides_nothing() {
+    let mut known = Vec::new();
+    for allow in [true, false] {
+        for (kind, major, minor) in [
+            (None, None, None),
+            (Some(CHARACTER), None, None),
+            (Some(BLOCK), Some(8), None),
+            (Some(BLOCK), Some(8), Some(1)),
+            (Some(CHARACTER), Some(1), Some(3)),
+        ] {
+            for access in [ALL, READ | WRITE, MKNOD] {
+                known.push(Rule {
+                    allow,
+                    kind,
+                    major,
+                    minor,
+                    access,
+                });
+            }
+        }
+    }
+    for first in &known {
+        for second in &known {
+            for third in &known {
+                let rules = [*first, *second, *third];
+                let program = program(&rules);
+                for (kind, major, minor) in [
+                    (BLOCK, 8, 1),
+                    (BLOCK, 8, 2),
+                    (CHARACTER, 1, 3),
+                    (CHARACTER, 9, 9),
+                ] {
+                    for access in [READ, WRITE | MKNOD, ALL] {
+                        assert_eq!(
+                            decide(&program, kind, major, minor, access),
+                            read_one_by_one(&rules, kind, major, minor, access),
+                            "{rules:?} on {kind} {major}:{minor} for {access}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_rules_that_callers_usually_give_make_the_program_of_no_rules() {
+    let device = |major, minor| json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
+    let mut usual = vec![json!({"allow": false, "access": "rwm"})];
+    for (major, minor) in [(1, 5), (1, 3), (1, 9), (1, 8), (5, 0), (5, 1)] {
+        usual.push(device(major, minor));
+    }
+    usual.push(json!({"allow": false, "type": "c", "major": 10, "minor": 229, "access": "rwm"}));
+    assert_eq!(given(json!(usual)).unwrap(), program(&[]));
+    usual.push(device(10, 229));
+    assert_ne!(given(json!(usual)).unwrap(), program(&[]));
+}

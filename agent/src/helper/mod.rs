@@ -9,8 +9,9 @@ mod lookup;
 mod trace;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -23,24 +24,45 @@ use libcontainer::syscall::syscall::SyscallType;
 use crate::cpus;
 use crate::dirs;
 use crate::error::chain;
+use crate::preserved;
 use crate::report::{ChildStdio, Create, Exec, Failure, FailureKind, Report, Request, Update};
 use crate::sys;
 use crate::workload::Workload;
 
-/// First argument of the agent's executable that makes it a helper. The numbers of the request's and the report's
-/// descriptors follow.
+/// First argument of the agent's executable that makes it a helper.
 pub const ARGUMENT: &str = "helper";
 
-/// Runs the helper with the arguments after `ARGUMENT`. It has failed only if it could not even report.
-pub fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
-    let mut number = || arguments.next()?.parse::<RawFd>().ok();
-    let (Some(request), Some(report)) = (number(), number()) else {
-        eprintln!("cloison-agent: the helper is started by the agent only");
-        return ExitCode::FAILURE;
+/// Bytes of a request that are read at once.
+const FIRST_BYTES: usize = 16 << 10;
+
+/// The descriptor over which it is asked. Whatever it is handed has higher numbers, in their order, while this is open.
+pub const SOCKET: RawFd = preserved::FIRST;
+
+/// What is handed to a helper with its request.
+struct Handed {
+    /// Its process's descriptors beside stdio, and its standard input, output and error after these.
+    descriptors: Vec<OwnedFd>,
+    report: OwnedFd,
+}
+
+/// Waits for a request and does what it asks. It has failed only if it could not even report.
+pub fn main() -> ExitCode {
+    // SAFETY: `spawn::Waiting` opened it for this process; nothing else has run in it yet.
+    let socket = UnixStream::from(unsafe { sys::inherited(SOCKET) });
+    let (request, handed) = match receive(socket) {
+        Ok(Some(received)) => received,
+        // The agent asks nothing of it.
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cloison-agent: the helper is not asked anything: {error}");
+            return ExitCode::FAILURE;
+        }
     };
-    // SAFETY: `spawn::helper` opened both for this process; nothing else has run in it yet.
-    let (request, report) = unsafe { (sys::inherited(request), sys::inherited(report)) };
-    match serve(File::from(request), &report) {
+    let Handed {
+        descriptors,
+        report,
+    } = handed;
+    match serve(&request, descriptors, &report) {
         Ok(answer) => send(report.as_fd(), &answer),
         Err(message) => send(
             report.as_fd(),
@@ -52,6 +74,25 @@ pub fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
     }
 }
 
+/// Waits for the request, which comes with its descriptors, and reads it to its end.
+fn receive(mut socket: UnixStream) -> io::Result<Option<(Vec<u8>, Handed)>> {
+    let mut json = vec![0; FIRST_BYTES];
+    let (count, mut descriptors) = sys::receive_descriptors(&socket, &mut json)?;
+    json.truncate(count);
+    let Some(report) = descriptors.pop() else {
+        return match count {
+            0 => Ok(None),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        };
+    };
+    socket.read_to_end(&mut json)?;
+    let handed = Handed {
+        descriptors,
+        report,
+    };
+    Ok(Some((json, handed)))
+}
+
 fn send(report: impl AsFd, answer: &Report) -> ExitCode {
     match nix::unistd::write(report, &answer.line()) {
         Ok(_) => ExitCode::SUCCESS,
@@ -59,14 +100,12 @@ fn send(report: impl AsFd, answer: &Report) -> ExitCode {
     }
 }
 
-fn serve(mut request: File, report: &OwnedFd) -> Result<Report, String> {
-    let mut json = Vec::new();
-    request
-        .read_to_end(&mut json)
-        .map_err(|error| format!("reading the helper's request: {error}"))?;
-    drop(request);
-    let request: Request =
-        serde_json::from_slice(&json).map_err(|error| format!("the helper's request: {error}"))?;
+fn serve(request: &[u8], descriptors: Vec<OwnedFd>, report: &OwnedFd) -> Result<Report, String> {
+    let request: Request = serde_json::from_slice(request)
+        .map_err(|error| format!("the helper's request: {error}"))?;
+    // Before anything is opened, which would have their numbers.
+    let standard = put_in_place(descriptors, request.preserved())
+        .map_err(|error| format!("the helper's descriptors: {error}"))?;
     // Containers are scheduled like anybody.
     sys::set_policy(sys::Policy::Normal)
         .map_err(|error| format!("leaving the agent's scheduling policy: {error}"))?;
@@ -75,36 +114,54 @@ fn serve(mut request: File, report: &OwnedFd) -> Result<Report, String> {
         .map_err(|error| format!("copying the report's descriptor: {error}"))?;
     trace::install(File::from(copy));
     match request {
-        Request::Create(create) => run_create(create, report),
-        Request::Exec(exec) => run_exec(exec, report),
+        Request::Create(create) => run_create(create, standard, report),
+        Request::Exec(exec) => run_exec(exec, standard, report),
         Request::Update(update) => run_update(&update),
     }
 }
 
-fn run_create(create: Create, report: &OwnedFd) -> Result<Report, String> {
+/// Gives the first of these the numbers from 3 on, which they keep, and answers the others.
+fn put_in_place(mut descriptors: Vec<OwnedFd>, preserved: usize) -> io::Result<Vec<OwnedFd>> {
+    if preserved > descriptors.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let others = descriptors.split_off(preserved);
+    for (descriptor, number) in descriptors.into_iter().zip(preserved::FIRST..) {
+        // Each came under a higher number than it gets, so that none takes the place of one that is still to move.
+        sys::duplicate_as(descriptor.as_fd(), number)?;
+    }
+    Ok(others)
+}
+
+fn run_create(create: Create, standard: Vec<OwnedFd>, report: &OwnedFd) -> Result<Report, String> {
     // First, since a set of CPUs can hold only those that are online.
     cpus::bring_online(create.cpus).map_err(|error| error.to_string())?;
     let workload = finish(create.workload, report)?;
-    let container = builder(create.container_id, create.stdio, create.preserved)
-        .and_then(|builder| {
-            builder
-                .with_executor(workload)
-                .as_init(create.bundle)
-                .with_systemd(false)
-                .with_detach(true)
-                .build()
-        })
-        .map_err(|error| describe(&error))?;
+    let container = builder(
+        create.container_id,
+        create.stdio,
+        standard,
+        create.preserved,
+    )
+    .and_then(|builder| {
+        builder
+            .with_executor(workload)
+            .as_init(create.bundle)
+            .with_systemd(false)
+            .with_detach(true)
+            .build()
+    })
+    .map_err(|error| describe(&error))?;
     match container.pid() {
         Some(pid) => Ok(Report::Ready { pid: pid.as_raw() }),
         None => Err("libcontainer gave no PID".into()),
     }
 }
 
-fn run_exec(exec: Exec, report: &OwnedFd) -> Result<Report, String> {
+fn run_exec(exec: Exec, standard: Vec<OwnedFd>, report: &OwnedFd) -> Result<Report, String> {
     let workload = finish(exec.workload, report)?;
     mark_running(&exec.container_id).map_err(|error| describe(&error))?;
-    builder(exec.container_id, exec.stdio, exec.preserved)
+    builder(exec.container_id, exec.stdio, standard, exec.preserved)
         .and_then(|builder| {
             builder
                 .with_executor(workload)
@@ -136,6 +193,7 @@ fn mark_running(container_id: &str) -> Result<(), LibcontainerError> {
 fn builder(
     container_id: String,
     stdio: ChildStdio,
+    standard: Vec<OwnedFd>,
     preserved: usize,
 ) -> Result<ContainerBuilder, LibcontainerError> {
     let preserved = i32::try_from(preserved)
@@ -145,9 +203,11 @@ fn builder(
         .with_preserved_fds(preserved);
     Ok(match stdio {
         ChildStdio::Terminal(console) => builder.with_console_socket(Some(console)),
-        ChildStdio::Descriptors(numbers) => {
-            // SAFETY: `spawn::helper` opened all three for this process, and this is called once.
-            let [stdin, stdout, stderr] = numbers.map(|number| unsafe { sys::inherited(number) });
+        ChildStdio::Handed => {
+            let standard = <[OwnedFd; 3]>::try_from(standard);
+            let [stdin, stdout, stderr] = standard.map_err(|standard| {
+                LibcontainerError::Other(format!("{} standard streams", standard.len()))
+            })?;
             builder
                 .with_stdin(stdin)
                 .with_stdout(stdout)
