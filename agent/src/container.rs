@@ -68,7 +68,8 @@ impl Shared {
         cgroup::create_parent(parent).doing(|| format!("making cgroup {}", parent.display()))?;
         let default = self.filters.load(&[]);
         default.doing(|| "loading the default rules for devices".to_owned())?;
-        let helper = Waiting::start(&self.reaper.expect())?;
+        let mut helper = Waiting::start(&self.reaper.expect())?;
+        helper.await_start()?;
         *lock(&self.waiting) = Some(helper);
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! forks itself.
 
 use std::ffi::CString;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
@@ -68,6 +68,12 @@ impl Waiting {
             socket,
             exit: expectation.watch(pid),
         })
+    }
+
+    /// Blocks until it waits, so that nothing of its start is left for later.
+    pub fn await_start(&mut self) -> Result<()> {
+        let begun = self.socket.read_exact(&mut [0]);
+        begun.doing(|| "waiting for the helper's start".into())
     }
 
     /// Whether it can still be asked.
