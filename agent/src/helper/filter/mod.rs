@@ -1,6 +1,8 @@
-//! The seccomp filter of a container's process. libseccomp compiles the profile; before it goes a part that libseccomp cannot express:
-//! a system call that is newer than all that the profile names does not exist (ENOSYS) instead of being forbidden. C libraries try a
-//! new system call first and fall back to an old one only if the new one does not exist.
+//! The seccomp filter of a container's process: the profile as a program, and before it a part that profiles cannot express: a system
+//! call that is newer than all that the profile names does not exist (ENOSYS) instead of being forbidden. C libraries try a new system
+//! call first and fall back to an old one only if the new one does not exist.
+
+mod program;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -50,7 +52,10 @@ pub enum FilterError {
 /// Has a profile decide on all system calls of this process from here on. It needs CAP_SYS_ADMIN or no_new_privs.
 pub fn load(profile: &LinuxSeccomp) -> Result<(), FilterError> {
     let mut program = before(&newest(profile));
-    program.extend(compile(profile)?);
+    program.extend(match program::compile(profile) {
+        Some(filter) => filter,
+        None => by_libseccomp(profile)?,
+    });
     let mut flags = 0;
     for flag in profile.flags().iter().flatten() {
         flags |= match flag {
@@ -67,7 +72,7 @@ pub fn load(profile: &LinuxSeccomp) -> Result<(), FilterError> {
 }
 
 /// The profile as libseccomp understands it.
-fn compile(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>, FilterError> {
+fn by_libseccomp(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>, FilterError> {
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut filter = ScmpFilterContext::new(default)?;
     for &arch in profile.architectures().iter().flatten() {
@@ -269,13 +274,79 @@ fn before(newest: &Newest) -> Vec<libc::sock_filter> {
 }
 
 #[cfg(test)]
+mod testing {
+    use super::*;
+
+    pub fn profile(json: serde_json::Value) -> LinuxSeccomp {
+        serde_json::from_value(json).unwrap()
+    }
+
+    /// A system call as a filter sees it.
+    #[derive(Debug, Default)]
+    pub struct Call {
+        pub architecture: u32,
+        pub number: u32,
+        pub arguments: [u64; 6],
+    }
+
+    impl Call {
+        fn word(&self, offset: u32) -> u32 {
+            let argument = |offset: u32| self.arguments[(offset - 16) as usize / 8];
+            match offset {
+                NUMBER => self.number,
+                ARCHITECTURE => self.architecture,
+                lower if lower % 8 == 0 => argument(lower) as u32,
+                upper => (argument(upper) >> 32) as u32,
+            }
+        }
+    }
+
+    /// Runs a filter, or a part of one, on one system call: what it returns, or `None` where it leaves that to what follows.
+    pub fn run(program: &[libc::sock_filter], call: &Call) -> Option<u32> {
+        let (mut at, mut loaded) = (0, 0);
+        while let Some(step) = program.get(at) {
+            at += 1;
+            let taken = match u32::from(step.code) {
+                0x20 => {
+                    loaded = call.word(step.k);
+                    continue;
+                }
+                0x54 => {
+                    loaded &= step.k;
+                    continue;
+                }
+                0x05 => {
+                    at += step.k as usize;
+                    continue;
+                }
+                0x15 => loaded == step.k,
+                0x25 => loaded > step.k,
+                0x35 => loaded >= step.k,
+                0x45 => loaded & step.k != 0,
+                0x06 => return Some(step.k),
+                other => panic!("{other:#x}"),
+            };
+            at += usize::from(if taken { step.jt } else { step.jf });
+        }
+        assert_eq!(at, program.len(), "a jump beyond the end");
+        None
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
 
+    use super::testing::{Call, profile};
     use super::*;
 
-    fn profile(json: Value) -> LinuxSeccomp {
-        serde_json::from_value(json).unwrap()
+    fn run(program: &[libc::sock_filter], architecture: u32, number: u32) -> Option<u32> {
+        let call = Call {
+            architecture,
+            number,
+            ..Call::default()
+        };
+        testing::run(program, &call)
     }
 
     fn strict(architectures: &[&str]) -> LinuxSeccomp {
@@ -287,36 +358,6 @@ mod tests {
                 { "names": ["clone3"], "action": "SCMP_ACT_ERRNO" },
             ],
         }))
-    }
-
-    /// Runs a part of a filter on one system call: what it returns, or `None` where it leaves that to what follows.
-    fn run(program: &[libc::sock_filter], architecture: u32, number: u32) -> Option<u32> {
-        let (mut at, mut loaded) = (0, 0);
-        while let Some(step) = program.get(at) {
-            at += 1;
-            let taken = match u32::from(step.code) {
-                0x20 => {
-                    loaded = if step.k == NUMBER {
-                        number
-                    } else {
-                        architecture
-                    };
-                    continue;
-                }
-                0x15 => loaded == step.k,
-                0x25 => loaded > step.k,
-                0x45 => loaded & step.k != 0,
-                0x06 => return Some(step.k),
-                other => panic!("{other:#x}"),
-            };
-            at += usize::from(if taken { step.jt } else { step.jf });
-        }
-        assert_eq!(
-            at,
-            program.len(),
-            "a jump beyond the beginning of the filter"
-        );
-        None
     }
 
     #[test]
@@ -389,7 +430,7 @@ mod tests {
             { "index": 1, "value": 15, "valueTwo": 3, "op": "SCMP_CMP_MASKED_EQ" },
         ]);
         let with = |rule: Value| {
-            compile(&profile(json!({
+            by_libseccomp(&profile(json!({
                 "defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
                 "syscalls": [rule],
             })))
