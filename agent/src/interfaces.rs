@@ -84,11 +84,16 @@ impl Interfaces {
         }
         let before = configured.get(&wanted.device).cloned();
         let name = wanted.name.clone();
-        let (set, now) = off_loop(move || {
-            let set = set(&wanted, before.as_ref());
-            (set, wanted)
-        })
-        .await?;
+        let (set, now) = if configured.is_empty() {
+            // The first one of a guest comes before its containers, and takes less time than the start of a thread.
+            (set(&wanted, None), wanted)
+        } else {
+            off_loop(move || {
+                let set = set(&wanted, before.as_ref());
+                (set, wanted)
+            })
+            .await?
+        };
         // What was set before it failed is to be taken away one day, too, unless there was nothing to set it on.
         if !matches!(&set, Err(error) if error.kind() == io::ErrorKind::NotFound) {
             configured.insert(now.device, now);

@@ -9,7 +9,8 @@ mod lookup;
 mod trace;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -74,10 +75,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Says that it is there, waits for the request, which comes with its descriptors, and reads it to its end.
+/// Says that it is there by saying nothing more, waits for the request, which comes with its descriptors, and reads it to its end.
 fn receive(mut socket: UnixStream) -> io::Result<Option<(Vec<u8>, Handed)>> {
     let mut json = vec![0; FIRST_BYTES];
-    socket.write_all(b" ")?;
+    // An agent that has asked already does not listen.
+    let _ = socket.shutdown(Shutdown::Write);
     let (count, mut descriptors) = sys::receive_descriptors(&socket, &mut json)?;
     json.truncate(count);
     let Some(report) = descriptors.pop() else {

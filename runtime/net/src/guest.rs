@@ -118,7 +118,7 @@ impl Snapshot {
             name: link.name.clone(),
             mac,
             mtu: link.mtu,
-            ipv4_only: false,
+            ipv4_only: link.ipv6_disabled,
             addresses: addresses.filter_map(|a| read_address(a, mac)).collect(),
             routes,
             neighbours: neighbours.filter_map(read_neighbour).collect(),

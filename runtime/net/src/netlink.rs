@@ -9,7 +9,8 @@ use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::NeighbourMessage;
 use rtnetlink::packet_route::route::RouteMessage;
@@ -34,6 +35,8 @@ pub(crate) struct Link {
     pub(crate) mac: Option<Mac>,
     pub(crate) mtu: u32,
     pub(crate) up: bool,
+    /// Whether IPv6 is switched off there (net.ipv6.conf.NAME.disable_ipv6).
+    pub(crate) ipv6_disabled: bool,
     pub(crate) kind: Option<InfoKind>,
 }
 
@@ -142,6 +145,7 @@ impl Link {
             mac: None,
             mtu: 0,
             up: message.header.flags.contains(LinkFlags::Up),
+            ipv6_disabled: false,
             kind: None,
         };
         let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
@@ -154,6 +158,9 @@ impl Link {
                         .ok()
                         .and_then(|bytes| Mac::new(bytes).ok());
                 }
+                LinkAttribute::AfSpecUnspec(families) => {
+                    link.ipv6_disabled = families.into_iter().any(disables_ipv6);
+                }
                 LinkAttribute::LinkInfo(infos) => {
                     link.kind = infos.into_iter().find_map(|info| match info {
                         LinkInfo::Kind(kind) => Some(kind),
@@ -165,6 +172,14 @@ impl Link {
         }
         (!link.name.is_empty()).then_some(link)
     }
+}
+
+fn disables_ipv6(family: AfSpecUnspec) -> bool {
+    let AfSpecUnspec::Inet6(settings) = family else {
+        return false;
+    };
+    let mut settings = settings.into_iter();
+    settings.any(|setting| matches!(setting, AfSpecInet6::DevConf(all) if all.disable_ipv6 != 0))
 }
 
 fn collect<T>(

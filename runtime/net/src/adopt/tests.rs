@@ -118,6 +118,19 @@ async fn the_guest_is_told_all_that_its_caller_set_up() {
 }
 
 #[tokio::test]
+async fn the_guest_speaks_no_ipv6_where_its_caller_has_switched_it_off() {
+    let (sandbox, _peer) = prepared();
+    let interface = async |adopter: &mut Adopter| arrived(adopter).await.remove(0).interface;
+    let spoken = interface(&mut Adopter::new(&sandbox).unwrap()).await;
+    assert!(!spoken.ipv4_only);
+    sandbox.run(|| sysctl::silence("eth0")).unwrap().unwrap();
+    let mut adopter = Adopter::new(&sandbox).unwrap();
+    let silent = interface(&mut adopter).await;
+    assert!(silent.ipv4_only);
+    assert!(silent.addresses.iter().all(|a| a.address.is_ipv4()));
+}
+
+#[tokio::test]
 async fn everything_passes_between_the_guest_and_the_peer() {
     let (sandbox, peer) = prepared();
     let mut adopter = Adopter::new(&sandbox).unwrap();
