@@ -97,7 +97,7 @@ const TESTS: &[Test] = tests![
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     if arguments.next().as_deref() == Some(helper::ARGUMENT) {
-        return helper::main(arguments);
+        return helper::main();
     }
     if std::process::id() != 1 {
         eprintln!("this is the init of a guest: run agent/tests/run");
