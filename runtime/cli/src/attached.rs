@@ -21,7 +21,7 @@ pub enum Outcome {
     Abandoned(i32),
 }
 
-/// Passes signals on until the process has ended and its output has arrived; `exited` is called in between.
+/// Passes signals on until the process has ended and its output has arrived.
 ///
 /// # Errors
 /// When the agent is lost.
@@ -29,10 +29,9 @@ pub async fn wait(
     attached: &Attached<'_>,
     wiring: Wiring,
     signals: &mut Signals,
-    exited: impl FnOnce(),
 ) -> Result<Outcome> {
     let mut asked = 0;
-    let ended = attached.ended_and_told(wiring, exited);
+    let ended = attached.ended(wiring);
     tokio::pin!(ended);
     loop {
         tokio::select! {

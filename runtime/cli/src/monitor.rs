@@ -50,8 +50,6 @@ struct Connection {
     source: Source,
     /// The interfaces that are there before the VM.
     early: Option<Network>,
-    /// Once it is on its way off it.
-    left: Option<JoinHandle<Result<()>>>,
 }
 
 /// How a container's life went, as seen from where its process was to run.
@@ -119,11 +117,7 @@ impl Monitor {
             pid: vm.pid(),
         };
 
-        let mut network = Connection {
-            source,
-            early,
-            left: None,
-        };
+        let mut network = Connection { source, early };
         let lived = tokio::select! {
             lived = self.drive(&guest, wiring, &mut network, &mut signals, started) => lived,
             ended = vm.ended() => {
@@ -154,8 +148,15 @@ impl Monitor {
         if let Some(profile) = &mut self.profile {
             profile.guest("shutting down", monotonic());
         }
-        let killed = vm.kill().await;
-        if let Some(left) = network.left {
+        let stopped = vm.stop().await;
+        // The end of a VM and of an interface both wait for the kernel, one after the other; the VM's goes first, since it has more to do.
+        let leased = self.record.network.is_leased();
+        let left = leased.then(|| self.leave_network());
+        let killed = match stopped {
+            Ok(()) => vm.ended().await,
+            Err(error) => Err(error),
+        };
+        if let Some(left) = left {
             // What went wrong is tried again when all is cleared up, and told then.
             if let Ok(Err(error)) = left.await {
                 tracing::debug!("{error:#}");
@@ -267,12 +268,9 @@ impl Monitor {
             exec_id: "",
             size: &|| tty.then(terminal::size).flatten(),
         };
-        // The kernel takes its time over interfaces, and what has ended has no more use for its own.
-        let leased = self.record.network.is_leased();
-        let exited = || connection.left = leased.then(|| self.leave_network());
         let lived = tokio::select! {
             biased;
-            ended = attached::wait(&attached, wiring, signals, exited) => ended,
+            ended = attached::wait(&attached, wiring, signals) => ended,
             never = follow(network.as_mut(), guest) => match never {},
             never = look_up_names(held.as_ref()) => match never {},
         };

@@ -23,20 +23,7 @@ impl Attached<'_> {
     /// # Errors
     /// When the agent is lost.
     pub async fn ended(&self, wiring: Wiring) -> Result<ExitStatus, Error> {
-        self.ended_and_told(wiring, || ()).await
-    }
-
-    /// As [`Attached::ended`]; `exited` is called when the process has ended, before its output has arrived.
-    ///
-    /// # Errors
-    /// When the agent is lost.
-    pub async fn ended_and_told(
-        &self,
-        wiring: Wiring,
-        exited: impl FnOnce(),
-    ) -> Result<ExitStatus, Error> {
         let status = self.agent.wait(self.container, self.exec_id).await?;
-        exited();
         wiring.finished().await?;
         Ok(status)
     }

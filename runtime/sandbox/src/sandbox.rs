@@ -533,21 +533,36 @@ impl Running {
         }
     }
 
+    /// Ends the VM at once. When this returns the guest has stopped for good, and [`Running::ended`] waits for its process to be gone.
+    ///
+    /// # Errors
+    /// When the VM process cannot be watched, or killed.
+    pub async fn stop(&mut self) -> Result<(), Error> {
+        match self.control.kill() {
+            Ok(()) => {
+                let watch = || Error::system("watch the VM process");
+                let control = self.control.as_fd().try_clone_to_owned();
+                let control = control.and_then(host::watch).map_err(watch())?;
+                // It says nothing more, and hangs up.
+                drop(control.readable().await.map_err(watch())?);
+                Ok(())
+            }
+            // It has ended by itself.
+            Err(ControlError::Gone) => Ok(()),
+            Err(error) => {
+                tracing::debug!("{error}");
+                let killed = self.process.kill();
+                killed.map_err(Error::system("end the VM process"))
+            }
+        }
+    }
+
     /// Ends the VM at once, and waits until its process is gone.
     ///
     /// # Errors
-    /// As for [`Running::ended`].
+    /// As for [`Running::stop`] and [`Running::ended`].
     pub async fn kill(mut self) -> Result<End, Error> {
-        match self.control.kill() {
-            // It may have ended by itself.
-            Ok(()) | Err(ControlError::Gone) => {}
-            Err(error) => {
-                tracing::debug!("{error}");
-                self.process
-                    .kill()
-                    .map_err(Error::system("end the VM process"))?;
-            }
-        }
+        self.stop().await?;
         self.ended().await
     }
 }

@@ -57,7 +57,7 @@ pub fn exec(home: &Home, args: &Exec) -> Result<u8, Failed> {
             exec_id: exec_id.as_str(),
             size: &|| options.tty.then(terminal::size).flatten(),
         };
-        let outcome = attached::wait(&attached, wiring, &mut signals, || ()).await;
+        let outcome = attached::wait(&attached, wiring, &mut signals).await;
         drop(raw);
         match outcome? {
             Outcome::Exited(status) => Ok(status.code),

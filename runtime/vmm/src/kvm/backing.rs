@@ -33,6 +33,12 @@ impl Backing {
         Ok(())
     }
 
+    /// Gives all of it back, of a guest that has ended.
+    pub(super) fn give_back(&self) -> io::Result<()> {
+        let mut regions = self.0.iter();
+        regions.try_for_each(|region| self.drop_pages(region.start_addr(), region.len()))
+    }
+
     fn protect(&self, start: GuestAddress, length: u64, protection: ProtFlags) -> io::Result<()> {
         let place = self.place(start, length)?;
         // SAFETY: as above. Only a guest that uses memory which it has not plugged, and whose devices do, meets memory that is not for

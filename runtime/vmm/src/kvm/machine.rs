@@ -381,9 +381,20 @@ impl Machine for KvmMachine {
     fn end(&mut self) {
         self.shared.gate.end();
         self.kick();
+        let threads = std::mem::take(&mut self.vcpus);
+        let began = !threads.is_empty();
         // A thread that panicked has said so before it ended.
-        self.vcpus.drain(..).for_each(|thread| drop(thread.join()));
+        threads.into_iter().for_each(|thread| drop(thread.join()));
         self.bus.end();
+        if began {
+            // The end of a VM waits for grace periods of the kernel's, in which the memory can be given back.
+            let backing = Backing(self.memory.clone());
+            let given = self
+                .shared
+                .stop
+                .spawn("memory", move || backing.give_back());
+            given.map_or_else(|error| tracing::debug!("{error}"), drop);
+        }
     }
 }
 
