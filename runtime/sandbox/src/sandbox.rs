@@ -23,7 +23,7 @@ use std::time::Duration;
 use cloison_agent_api::AGENT_PORT;
 use cloison_vmm::{
     Attachment, CONTROL_SOCKET, ControlClient, ControlError, End, EndReason, Launch, Nic, Timeline,
-    VSOCK_SOCKET, VmProcess, VmSpec, launch, read_end,
+    VM_PROCESS_NAME, VSOCK_SOCKET, VmProcess, VmSpec, launch, read_end,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -389,10 +389,15 @@ impl Sandbox {
         let process = host::pidfd(Pid::from_raw(pid)).ok()?;
         // Its pid may be another's by now.
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        let mut words = command.split(|byte| *byte == 0);
-        words
-            .any(|word| word == self.id.as_str().as_bytes())
-            .then_some(process)
+        let ours = if command.is_empty() {
+            // One that has given its memory back and is not gone yet has no command line any more, but its name.
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+            name.trim_end() == VM_PROCESS_NAME
+        } else {
+            let mut words = command.split(|byte| *byte == 0);
+            words.any(|word| word == self.id.as_str().as_bytes())
+        };
+        ours.then_some(process)
     }
 
     fn end_process(&self, control: &ControlClient) -> Result<(), Error> {

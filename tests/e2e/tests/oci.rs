@@ -589,6 +589,27 @@ fn output_that_the_container_closes_is_over_for_its_caller_too() {
 }
 
 #[test]
+fn a_container_can_be_deleted_while_its_vm_is_on_its_way_out() {
+    let bundle = Bundle::shell("echo done");
+    let dir = bundle.dir();
+    for _ in 0..4 {
+        let (mut output, end) = std::io::pipe().unwrap();
+        let created = command(&bundle.host)
+            .args(["create", "--bundle", dir.to_str().unwrap(), "one"])
+            .stdout(end.try_clone().unwrap())
+            .stderr(end)
+            .status();
+        assert!(created.unwrap().success(), "{}", bundle.log());
+        succeed(&bundle.run(&["start", "one"]));
+        let mut all = String::new();
+        output.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "done\n");
+        succeed(&bundle.run(&["delete", "--force", "one"]));
+        assert_eq!(cgroups(&bundle.cgroup()), Vec::<PathBuf>::new());
+    }
+}
+
+#[test]
 fn a_name_of_another_runtimes_is_this_runtimes_too() {
     let host = Host::new();
     let name = host.path("runc");
