@@ -38,6 +38,7 @@ mod oci_mounts;
 mod oci_process;
 mod oci_sockets;
 mod oci_spec;
+mod oci_terminal;
 mod oci_update;
 mod podman;
 mod pods;

@@ -1,6 +1,7 @@
 //! Profiles as programs of classic BPF, for those of which no two rules for a system call contradict each other, which is nearly all:
-//! then the order of the rules is of no matter. libseccomp takes ten milliseconds for what takes a tenth of one here, and its programs look
-//! through all system calls where these search for one. What these rules mean is libseccomp's to say: tests compare the two.
+//! then the order of the rules is of no matter. libseccomp takes ten milliseconds for what takes less than one here, and its programs look
+//! through all system calls where these search for one. What a rule means is libseccomp's to say: tests compare the two, but for conditions
+//! that exclude each other and lead to different actions, where its answer depends on their order.
 //!
 //! (libseccomp(3), seccomp_rule_add(3); Linux, Documentation/userspace-api/seccomp_filter.rst.)
 
@@ -14,7 +15,7 @@ use libc::{
 use libcontainer::oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall,
 };
-use libseccomp::{ScmpArch, ScmpSyscall};
+use libseccomp::{ScmpAction, ScmpArch, ScmpSyscall};
 
 use super::{ARCHITECTURE, I386, NUMBER, X32_BIT, X86_64};
 
@@ -150,22 +151,15 @@ pub fn compile(profile: &LinuxSeccomp) -> Option<Vec<sock_filter>> {
 
 /// What a filter returns for an action.
 fn verdict(action: LinuxSeccompAction, errno: Option<u32>) -> Option<u32> {
-    let errno = errno.unwrap_or(libc::EPERM.cast_unsigned());
-    Some(match action {
-        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
-            libc::SECCOMP_RET_KILL_THREAD
-        }
-        LinuxSeccompAction::ScmpActKillProcess => libc::SECCOMP_RET_KILL_PROCESS,
-        LinuxSeccompAction::ScmpActTrap => libc::SECCOMP_RET_TRAP,
-        LinuxSeccompAction::ScmpActErrno => {
-            libc::SECCOMP_RET_ERRNO | u32::from(u16::try_from(errno).ok()?)
-        }
-        LinuxSeccompAction::ScmpActTrace => {
-            libc::SECCOMP_RET_TRACE | u32::from(u16::try_from(errno).ok()?)
-        }
-        LinuxSeccompAction::ScmpActAllow => libc::SECCOMP_RET_ALLOW,
-        LinuxSeccompAction::ScmpActLog => libc::SECCOMP_RET_LOG,
-        LinuxSeccompAction::ScmpActNotify => return None,
+    Some(match super::action(action, errno).ok()? {
+        ScmpAction::KillThread => libc::SECCOMP_RET_KILL_THREAD,
+        ScmpAction::KillProcess => libc::SECCOMP_RET_KILL_PROCESS,
+        ScmpAction::Trap => libc::SECCOMP_RET_TRAP,
+        ScmpAction::Errno(errno) => libc::SECCOMP_RET_ERRNO | u32::from(u16::try_from(errno).ok()?),
+        ScmpAction::Trace(message) => libc::SECCOMP_RET_TRACE | u32::from(message),
+        ScmpAction::Allow => libc::SECCOMP_RET_ALLOW,
+        ScmpAction::Log => libc::SECCOMP_RET_LOG,
+        _ => return None,
     })
 }
 
@@ -391,7 +385,7 @@ fn branch(runs: &[(u32, Verdict)], abi: Abi, default: u32) -> Vec<sock_filter> {
 fn all_of(list: &[Condition], abi: Abi, verdict: u32) -> Vec<sock_filter> {
     let mut program = vec![statement(BPF_RET | BPF_K, verdict)];
     for condition in list.iter().rev() {
-        // At most six, of six instructions each.
+        // At most six, of seven instructions each.
         let past = program.len() as u8;
         let mut test = condition.test(abi, past);
         test.append(&mut program);
